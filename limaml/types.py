@@ -133,8 +133,8 @@ class CutBlock(Protocol):
     """A global block that says which of its work depends on what, so that it is done once and not once per row.
 
     `forward(features)` must equal `score(encode(some), encode(others), condition(embeddings))` for any way to deal
-    the features out to `encode` calls: each part is computed once per distinct row, per task or per inner step, gathered
-    to the rows, and only `score` runs on every row.
+    the features out to `encode` calls: each part is computed once per distinct row, per task or per inner step,
+    gathered to the rows, and only `score` runs on every row.
     """
 
     def encode(self, features: Features) -> tuple[Tensor, ...]:
