@@ -24,6 +24,7 @@ __all__ = [
     "Features",
     "Interactions",
     "LossKind",
+    "Parts",
     "Rows",
     "embedding_name",
 ]
@@ -128,23 +129,28 @@ class Rows:
         return Rows(none, none)
 
 
+Parts = tuple[Tensor | None, ...]
+"""What a cut block makes of some of its inputs: slots `[n, …]` that add up; `None`: a slot they don't touch."""
+
+
 @runtime_checkable
 class CutBlock(Protocol):
     """A global block that says which of its work depends on what, so that it is done once and not once per row.
 
-    `forward(features)` must equal `score(encode(some), encode(others), condition(embeddings))` for any way to deal
-    the features out to `encode` calls: each part is computed once per distinct row, per task or per inner step,
-    gathered to the rows, and only `score` runs on every row.
+    `forward(features)` must equal `score(parts)`, where `parts` is the sum, slot by slot, of `encode(some features)`,
+    `encode(the others)` and `condition(embeddings)`, however the features are dealt out. (A first layer over
+    `[z, x]` adds up by nature; what must be kept apart gets a slot of its own.) Each part is then computed once per
+    distinct row, once per task, or once per task and inner step; only `score` runs on every row.
     """
 
-    def encode(self, features: Features) -> tuple[Tensor, ...]:
-        """The part of the logit's work that depends on these features alone; each tensor `[n, …]`."""
+    def encode(self, features: Features) -> Parts:
+        """What depends on these features alone."""
         ...
 
-    def condition(self, embeddings: Features) -> tuple[Tensor, ...]:
-        """The part that depends on these meta embeddings alone, in the form that `encode` gives."""
+    def condition(self, embeddings: Features) -> Parts:
+        """What depends on these meta embeddings alone."""
         ...
 
-    def score(self, *parts: tuple[Tensor, ...]) -> Tensor:
-        """Logits `[n, heads]` of parts that have been gathered to the same `n` rows."""
+    def score(self, parts: Parts) -> Tensor:
+        """Logits `[n, heads]` of the summed parts."""
         ...

@@ -99,6 +99,10 @@ class Feature(_Frozen):
             value = {**value, "column": value.get("name")}
         return value
 
+    @property
+    def is_id(self) -> bool:
+        return self.kind in (FeatureKind.CATEGORICAL, FeatureKind.TOKENS, FeatureKind.SEQUENCE)
+
 
 class Schema(_Frozen):
     """The meaning of an interaction table's columns."""
@@ -109,6 +113,7 @@ class Schema(_Frozen):
     time: str | None = None  # any column that can be ordered; None: a seeded shuffle stands in for it
     row: str | None = None  # the column that names what is scored (the item): `recommend` ranks its values
     weight: str | None = None
+    offset: str | None = None  # a number added to every logit: the log-odds correction of sampled negatives
     seed: int = 0  # of the shuffle, where there is no time
 
     @model_validator(mode="after")
@@ -116,19 +121,28 @@ class Schema(_Frozen):
         names = [task.name for task in self.tasks]
         problems = [f"Task '{name}' is declared twice." for name in sorted({n for n in names if names.count(n) > 1})]
         seen: set[str] = set()
-        hidden = {label.column for label in self.labels} | ({self.time} if self.time else set())
+        hidden = {label.column for label in self.labels} | {name for name in (self.time, self.offset) if name}
         for feature in self.features:
             if feature.name in seen:
                 problems.append(f"Feature '{feature.name}' is declared twice.")
             seen.add(feature.name)
             if feature.side != ROW and feature.side not in names:
                 problems.append(
-                    f"Feature '{feature.name}' is on side '{feature.side}', which is no task; sides are {[*names, ROW]}."
+                    f"Feature '{feature.name}' is on side '{feature.side}', which is no task; use one of {[*names, ROW]}."
+                )
+            if not feature.is_id and (feature.buckets is not None or feature.min_count > 1):
+                problems.append(
+                    f"Feature '{feature.name}' is {feature.kind} and has no ids: remove its buckets and min_count."
+                )
+            if feature.buckets is not None and feature.min_count > 1:
+                problems.append(
+                    f"Feature '{feature.name}' has buckets, which need no vocabulary, and a min_count, which needs "
+                    "one: remove one of them."
                 )
             if feature.column in hidden:
                 problems.append(
-                    f"Feature '{feature.name}' reads column '{feature.column}', which is the time or what a label is "
-                    "made from: the model would be shown what it has to predict. Remove the feature."
+                    f"Feature '{feature.name}' reads column '{feature.column}', which is the time, the offset or what a "
+                    "label is made from: the model would be shown what it has to predict. Remove the feature."
                 )
         if problems:
             raise ValueError("\n".join(problems))

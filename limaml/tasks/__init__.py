@@ -1,0 +1,19 @@
+"""Tasks: whose rows are whose, how they are split, and the batches that training draws."""
+
+from limaml.tasks.batches import TaskBatch, cross_fit, task_batches, time_cut
+from limaml.tasks.split import Split, check_no_leak, split_by_new_tasks, split_by_task_order, split_by_time
+from limaml.tasks.windows import TaskRows, flat_ranges
+
+__all__ = [
+    "Split",
+    "TaskBatch",
+    "TaskRows",
+    "check_no_leak",
+    "cross_fit",
+    "flat_ranges",
+    "split_by_new_tasks",
+    "split_by_task_order",
+    "split_by_time",
+    "task_batches",
+    "time_cut",
+]

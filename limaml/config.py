@@ -1,0 +1,146 @@
+"""Every setting, with its default and its reason to exist: small frozen objects, saved beside what they produced.
+
+A config is YAML plus dotted overrides (`train.epochs=20`). Unknown keys are refused with the nearest known name; all
+problems are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from limaml.errors import ConfigError
+
+__all__ = ["Adaptation", "CompareConfig", "Config", "ModelConfig", "TrainConfig", "load_config", "parse_config"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Frozen):
+    """The blocks that ship. Your own modules need none of this."""
+
+    global_block: Literal["interaction", "cross"] = "interaction"
+    embedding_dim: int = Field(default=16, ge=1, description="Width of each feature's embedding.")
+    hidden: tuple[int, ...] = Field(default=(64, 32), min_length=1, description="Hidden layers of the global block.")
+    factors: int = Field(default=16, ge=1, description="Width of the bilinear term (interaction).")
+    cross_layers: int = Field(default=2, ge=0, description="Cross layers (cross).")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dim: int = Field(default=16, ge=1, description="Size of the meta embedding.")
+    meta_hidden: tuple[int, ...] = Field(default=(32,), description="Hidden layers of the meta block.")
+    meta_embedding_dim: int = Field(default=8, ge=1, description="Width of each task feature's embedding.")
+
+
+class Adaptation(_Frozen):
+    """The inner loop."""
+
+    solver: Literal["gradient", "newton"] = "newton"
+    steps: int = Field(default=2, ge=0, description="Inner steps K; 0 serves cold embeddings.")
+    order: Literal[1, 2] = Field(default=2, description="First or second order (gradient).")
+    rate: float = Field(default=1.0, gt=0, description="Where the inner learning rates start (gradient).")
+    learn_rate: Literal["fixed", "scalar", "layer", "step", "layer_step"] = "layer_step"
+    prior_count: float = Field(
+        default=5.0, gt=0, description="Where the learned prior count starts, in rows (gradient)."
+    )
+    precision: float = Field(default=1.0, gt=0, description="Where the prior precision starts (newton).")
+    max_support: int | None = Field(default=512, ge=1, description="Most recent interactions a task is adapted on.")
+    engine: Literal["auto", "lowrank", "vmap", "loop"] = "auto"
+
+
+class TrainConfig(_Frozen):
+    """The outer loop."""
+
+    epochs: int = Field(default=20, ge=1)
+    lr: float = Field(default=0.003, gt=0, description="Of the blocks.")
+    solver_lr: float = Field(default=0.03, gt=0, description="Of learned rates, prior count and prior precision.")
+    table_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of embedding tables.")
+    decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay of everything else.")
+    rows_per_batch: int = Field(default=4096, ge=1, description="Interactions per batch; tasks are never cut.")
+    query: Literal["cross_fit", "time_cut"] = "cross_fit"
+    patience: int = Field(default=3, ge=1, description="Epochs without a better validation loss before stopping.")
+    clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")
+    seed: int = 0
+
+
+class CompareConfig(_Frozen):
+    """What is compared, and how it is judged."""
+
+    methods: tuple[str, ...] = ("base", "wide_and_deep", "limaml_gradient", "limaml_newton")
+    protocols: tuple[Literal["warm", "new_tasks"], ...] = ("warm", "new_tasks")
+    seeds: int = Field(default=3, ge=1)
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    validation_share: float = Field(default=0.15, gt=0, lt=1)
+    replicates: int = Field(default=500, ge=10, description="Bootstrap replicates.")
+
+
+class Config(_Frozen):
+    """A whole run. `methods` holds overrides of `model`, `adapt` and `train` per compared method."""
+
+    model: ModelConfig = ModelConfig()
+    adapt: Adaptation = Adaptation()
+    train: TrainConfig = TrainConfig()
+    compare: CompareConfig = CompareConfig()
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def of_method(self, method: str) -> Config:
+        """This config with the overrides of one method applied."""
+        values = self.model_dump()
+        for section, changes in self.methods.get(method, {}).items():
+            if section not in ("model", "adapt", "train"):
+                raise ConfigError(
+                    f"methods.{method}.{section} is no section; a method may override model, adapt and train."
+                )
+            values[section] = {**values[section], **changes}
+        return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """A mapping → `Config`, or a `ConfigError` that lists every problem."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(problem) for problem in error.errors())) from error
+
+
+def _sentence(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        model: Any = Config
+        for part in problem["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        near = difflib.get_close_matches(str(problem["loc"][-1]), model.model_fields, n=1, cutoff=0.0)
+        return f"Setting '{path}' is unknown; did you mean '{'.'.join([*map(str, problem['loc'][:-1]), near[0]])}'?"
+    return f"Setting '{path}' is {problem['input']!r}: {problem['msg']}."
+
+
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (or start from the defaults) and apply overrides such as `train.epochs=20`."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"There is no config file at {path}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold a mapping of sections, but holds a {type(loaded).__name__}.")
+        values = loaded or {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"Override '{override}' has no '='. Write it as section.setting=value.")
+        place: Any = values
+        *sections, last = name.strip().split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"Override '{override}' goes into '{section}', which is a value and no section.")
+        place[last] = yaml.safe_load(text)
+    return parse_config(values)

@@ -1,0 +1,120 @@
+"""The baselines of every comparison: the same global block, the same features, the same outer loop; no adaptation.
+
+`base` is the global block without a meta embedding. `wide_and_deep` is the paper's rival: each task id has a learned
+embedding, read by the global block in the place of the meta embedding (deep), and a learned bias (wide).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from limaml.config import TrainConfig
+from limaml.meta.losses import Losses
+from limaml.meta.support import take
+from limaml.tasks import Split
+from limaml.types import Interactions, embedding_name
+
+__all__ = ["PlainLearner", "PlainModel"]
+
+
+class PlainModel(nn.Module):
+    """A global block without adaptation, with `ids` task types given learned id embeddings (none for `base`).
+
+    `ids` maps a task type to (entries of its table, size of its embedding). Entry 0 of each table stands for ids that
+    were not trained on: it is trained on a share `id_dropout` of the rows, so that it means "anybody".
+    """
+
+    def __init__(
+        self,
+        global_block: nn.Module,
+        losses: Losses,
+        ids: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        id_dropout: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.global_block, self.losses, self.id_dropout = global_block, losses, id_dropout
+        self.deep = nn.ModuleDict({task: nn.Embedding(n + 1, dim) for task, (n, dim) in (ids or {}).items()})
+        self.wide = nn.ModuleDict({task: nn.Embedding(n + 1, losses.heads) for task, (n, _) in (ids or {}).items()})
+        for table in [*self.deep.values(), *self.wide.values()]:
+            assert isinstance(table, nn.Embedding)
+            nn.init.normal_(table.weight, std=0.01)
+
+    def logits(self, data: Interactions, rows: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        """Logits `[n, heads]` of the rows `[n]`. `known` maps a task type to a mask `[entries]` of trained ids."""
+        features = {}
+        for side, table in data.sides.items():
+            features |= take(table, data.index[side][rows])
+        shift: Tensor | float = 0.0
+        for task, deep in self.deep.items():
+            entry = data.index[task][rows]
+            usable = known[task][entry]
+            if self.training and self.id_dropout:
+                usable = usable & (torch.rand(len(rows)) >= self.id_dropout)
+            ids = torch.where(usable, entry + 1, 0)
+            features[embedding_name(task)] = deep(ids)
+            shift = shift + self.wide[task](ids)
+        logits: Tensor = self.global_block(features) + shift
+        return logits
+
+
+class PlainLearner:
+    """Learns a `PlainModel` on rows in random order."""
+
+    def __init__(
+        self, model: PlainModel, data: Interactions, train: Tensor, config: TrainConfig, validation: Split | None = None
+    ) -> None:
+        self.module: nn.Module = model
+        self.model, self.data, self.config, self.validation = model, data, config, validation
+        self.rows = train.nonzero().flatten()
+        self.known = {}
+        for task in model.deep:
+            self.known[task] = torch.zeros(data.count(task), dtype=torch.bool)
+            self.known[task][data.index[task][self.rows]] = True
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        return list(self.model.losses.parameters())
+
+    def batches(self, generator: torch.Generator) -> list[Tensor]:
+        return list(
+            torch.split(self.rows[torch.randperm(len(self.rows), generator=generator)], self.config.rows_per_batch)
+        )
+
+    def loss(self, batch: Tensor) -> tuple[Tensor, float]:
+        losses = self._row_losses(batch)
+        known = self.data.labels[batch].isfinite().any(1)
+        return losses.sum(), float((self.data.weights[batch] * known).sum())
+
+    def _row_losses(self, batch: Tensor) -> Tensor:
+        logits = self.model.logits(self.data, batch, self.known)
+        if self.data.offset is not None:
+            logits = logits + self.data.offset[batch, None]
+        return self.model.losses.loss(logits, self.data.labels[batch], self.data.weights[batch])
+
+    def tasks_in(self, batch: Tensor) -> int:
+        return len(batch)
+
+    @torch.no_grad()
+    def blame(self, batch: Tensor) -> str:
+        bad = (~self._row_losses(batch).isfinite()).nonzero().flatten()
+        return f"Row {int(batch[bad[0]])} is the first to blame." if len(bad) else "No single row is to blame."
+
+    @torch.no_grad()
+    def predict(self, rows: Tensor, rows_per_chunk: int = 65536) -> Tensor:
+        """Logits `[n, heads]` of the rows `[n]`, in evaluation mode."""
+        self.model.eval()
+        parts = [self.model.logits(self.data, part, self.known) for part in torch.split(rows, rows_per_chunk)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.losses.heads)
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        if self.validation is None:
+            return None
+        rows = self.validation.test.nonzero().flatten()
+        logits = self.predict(rows)
+        known = self.data.labels[rows].isfinite().any(1)
+        loss = float(self.model.losses.loss(logits, self.data.labels[rows], self.data.weights[rows]).sum())
+        return loss / max(float((self.data.weights[rows] * known).sum()), 1e-12)

@@ -1,0 +1,28 @@
+"""Which parameters of a meta block the inner loop adapts: all but embedding tables, on every engine alike."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["adapted_parameters", "frozen_modules", "layer_of"]
+
+
+def frozen_modules(block: nn.Module) -> list[str]:
+    """Names of the embedding tables. They are inputs of the inner loop: trained by the outer loop alone."""
+    return [name for name, module in block.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+
+
+def adapted_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter, each shared parameter once."""
+    frozen = {
+        id(parameter)
+        for module in block.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {name: p for name, p in block.named_parameters() if id(p) not in frozen and p.requires_grad}
+
+
+def layer_of(parameter: str) -> str:
+    """The layer a parameter belongs to: the weight and the bias of a module share their inner rate."""
+    return parameter.rpartition(".")[0]

@@ -1,0 +1,32 @@
+"""The contract of the engines. A new way to carry out inner steps goes here: implement `Engine`, pass `tests/engines.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from limaml.meta.support import Support
+from limaml.types import Features
+
+__all__ = ["Engine", "Objective", "Rate"]
+
+Rate = Callable[[int, str], Tensor]
+"""(step, layer) → learning rate, a scalar tensor."""
+
+Objective = Callable[[Support, Tensor], Tensor]
+"""(support, meta embeddings `[tasks, dim]`) → what each task minimises, `[tasks]`."""
+
+
+class Engine(Protocol):
+    """How inner gradient steps are carried out. All engines give the same meta embeddings and meta-gradients."""
+
+    name: str
+
+    def adapt(
+        self, features: Features, support: Support, objective: Objective, steps: int, rate: Rate, order: int
+    ) -> Tensor:
+        """Meta embeddings `[tasks, dim]` after `steps` steps; differentiable if gradients are on, and through the steps
+        themselves if `order` is 2."""
+        ...

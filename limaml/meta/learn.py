@@ -1,0 +1,129 @@
+"""How the personalised model learns: adapt tasks on support rows, judge them on query rows, for every task type in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from limaml.config import TrainConfig
+from limaml.meta.model import MetaModel
+from limaml.meta.support import Held, Support
+from limaml.tasks import Split, TaskBatch, TaskRows, cross_fit, task_batches, time_cut
+from limaml.types import Interactions
+
+__all__ = ["MetaBatch", "MetaLearner"]
+
+
+@dataclass(frozen=True)
+class MetaBatch:
+    """A batch of tasks of one type. `side` is the coin's side that is support."""
+
+    task: str
+    batch: TaskBatch
+    side: bool | None
+
+
+class MetaLearner:
+    """Meta-learns `model` on the training rows of `split`; `validation` splits those again, or is None.
+
+    With cross-fit, a fair coin per row and epoch deals all rows into two parts. Every task is adapted on one part and
+    judged on the other, both ways round. With several task types the query is scored with the other types' embeddings
+    adapted on the same part as the support, as of the start of the epoch, so that no embedding has seen its query.
+    """
+
+    def __init__(
+        self, model: MetaModel, data: Interactions, train: Tensor, config: TrainConfig, validation: Split | None = None
+    ) -> None:
+        self.module: nn.Module = model
+        self.model, self.data, self.config, self.validation = model, data, config, validation
+        self.grouped = {task: TaskRows.of(data.index[task], data.count(task), train) for task in model.tasks}
+        self._others: dict[tuple[str, bool | None], Tensor] = {}
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        return list(self.model.solvers.parameters()) + list(self.model.losses.parameters())
+
+    def batches(self, generator: torch.Generator) -> list[MetaBatch]:
+        cap = self.model.adaptation.max_support
+        coin = torch.rand(len(self.data), generator=generator) < 0.5
+        crossed = self.config.query == "cross_fit"
+        made: list[MetaBatch] = []
+        for task, grouped in self.grouped.items():
+            present = (grouped.size > 0).nonzero().flatten()
+            for tasks in task_batches(present, grouped.size, self.config.rows_per_batch, generator):
+                if crossed:
+                    made += [
+                        MetaBatch(task, cross_fit(grouped, tasks, coin, side, cap), side) for side in (True, False)
+                    ]
+                else:
+                    made.append(MetaBatch(task, time_cut(grouped, tasks, generator, cap), None))
+        if len(self.model.tasks) > 1:
+            self._adapt_others(coin if crossed else None)
+        return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
+
+    def _adapt_others(self, coin: Tensor | None) -> None:
+        """Embeddings of every task on each part of the rows, as of now: what the other types' queries are scored with."""
+        for task, grouped in self.grouped.items():
+            for side in (True, False) if coin is not None else (None,):
+                if side is None:
+                    part = grouped
+                else:
+                    assert coin is not None
+                    mask = torch.zeros_like(coin)
+                    mask[grouped.rows] = True
+                    part = TaskRows.of(self.data.index[task], self.data.count(task), mask & (coin == side))
+                self._others[task, side] = self.model.embed(self.data, task, part)
+
+    def loss(self, batch: MetaBatch) -> tuple[Tensor, float]:
+        rows = batch.batch.query
+        losses = self._row_losses(batch)
+        known = self.data.labels[rows.rows].isfinite().any(1)
+        return losses.sum(), float((self.data.weights[rows.rows] * known).sum())
+
+    def _row_losses(self, batch: MetaBatch) -> Tensor:
+        task, tasks = batch.task, batch.batch.tasks
+        z = self.model.adapt(self.data, task, tasks, batch.batch.support)
+        held: Held = {other: self._others[other, batch.side].__getitem__ for other in self.model.tasks if other != task}
+        query = Support(self.model.global_block, self.model.losses, self.data, task, tasks, batch.batch.query, held)
+        logits = query.shifted(query.scorer.logits(z))
+        return self.model.losses.loss(logits, query.labels, query.weights)
+
+    def tasks_in(self, batch: MetaBatch) -> int:
+        return len(batch.batch.tasks)
+
+    @torch.no_grad()
+    def blame(self, batch: MetaBatch) -> str:
+        bad = (~self._row_losses(batch).isfinite()).nonzero().flatten()
+        if not len(bad):
+            return "The loss of no single row is to blame."
+        owner = int(batch.batch.query.owner[bad[0]])
+        key = self.data.ids[batch.task][int(batch.batch.tasks[owner])]
+        row = int(batch.batch.query.rows[bad[0]])
+        return f"Task {batch.task}:{key} is the first to blame, at row {row}; {len(bad)} query rows are affected."
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        if self.validation is None:
+            return None
+        return mean_loss(self.model, self.data, self.validation)
+
+
+def mean_loss(model: MetaModel, data: Interactions, split: Split, rows_per_chunk: int = 65536) -> float:
+    """Mean loss of the split's test rows, every task adapted on its support."""
+    tables = {}
+    rows = split.test.nonzero().flatten()
+    for task in model.tasks:
+        grouped = TaskRows.of(data.index[task], data.count(task), split.support)
+        wanted = torch.unique(data.index[task][rows])
+        found = model.embed(data, task, grouped, wanted)
+        table = found.new_zeros(data.count(task), found.shape[1])
+        table[wanted] = found
+        tables[task] = table
+    total, weight = 0.0, 0.0
+    for part in torch.split(rows, rows_per_chunk):
+        logits = model.logits(data, part, tables)
+        known = data.labels[part].isfinite().any(1)
+        total += float(model.losses.loss(logits, data.labels[part], data.weights[part]).sum())
+        weight += float((data.weights[part] * known).sum())
+    return total / max(weight, 1e-12)

@@ -1,0 +1,63 @@
+"""Engine `loop`: one task after the other, in plain PyTorch. Slow, and right for any block: the oracle of the tests.
+
+Nothing is shared with the other engines but the words: no hoisting, no batching over tasks, no formula of ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from limaml.meta.adapted import adapted_parameters, layer_of
+from limaml.meta.engine import Objective, Rate
+from limaml.meta.support import Support
+from limaml.types import Features
+
+__all__ = ["Loop"]
+
+
+class Loop:
+    """Adapts a functional copy of `block` for each task in turn."""
+
+    name = "loop"
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.adapted = adapted_parameters(block)
+
+    def adapt(
+        self,
+        features: Features,
+        support: Support,
+        objective: Objective,
+        steps: int,
+        rate: Rate,
+        order: int,
+    ) -> Tensor:
+        """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective(support, z)` `[tasks]`."""
+        tasks = next(iter(features.values())).shape[0]
+        outer = torch.is_grad_enabled()
+        adapted = []
+        for task in range(tasks):
+            own = {name: values[task : task + 1] for name, values in features.items()}
+            rows = support.of(task)
+            weights: dict[str, Tensor] = dict(self.adapted)
+            for step in range(steps if len(rows) else 0):
+                with torch.enable_grad():
+                    if not outer:
+                        weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
+                    z = functional_call(self.block, weights, (own,), tie_weights=True)
+                    slopes = torch.autograd.grad(
+                        objective(rows, z).sum(),
+                        list(weights.values()),
+                        create_graph=order == 2 and outer,
+                        allow_unused=True,
+                    )
+                weights = {
+                    name: w if g is None else w - rate(step, layer_of(name)) * g
+                    for (name, w), g in zip(weights.items(), slopes, strict=True)
+                }
+            adapted.append(functional_call(self.block, weights, (own,), tie_weights=True))
+        z = torch.cat(adapted)
+        return z if outer else z.detach()

@@ -1,0 +1,78 @@
+"""Losses on logits, one kind per head, with what both solvers need of them.
+
+For a label y, a logit ℓ and a row weight w (0 where the label is missing):
+
+| kind      | loss                          | dloss/dlogit     | curvature    |
+|-----------|-------------------------------|------------------|--------------|
+| binary    | w (softplus(ℓ) − y ℓ)         | w (σ(ℓ) − y)     | w σ(ℓ)(1−σ(ℓ)) |
+| squared   | w ((ℓ − y)² / σ² + ln σ²) / 2 | w (ℓ − y) / σ²   | w / σ²       |
+
+The squared loss is the negative log likelihood of a normal distribution with a learned variance σ² per head, so that its
+curvature and the prior precision of the Newton solver are in the same unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from limaml.types import LossKind
+
+__all__ = ["Losses"]
+
+
+class Losses(nn.Module):
+    """The losses of a model's heads.
+
+    Targets are `[n, heads]`, NaN where a label is missing; weights `[n]`. The only parameter is `log_variance`
+    `[heads]`, used by the squared heads.
+    """
+
+    squared: Tensor
+
+    def __init__(self, kinds: Sequence[LossKind | str] = (LossKind.BINARY,)) -> None:
+        super().__init__()
+        self.kinds = tuple(LossKind(kind) for kind in kinds)
+        self.register_buffer(
+            "squared", torch.tensor([kind is LossKind.SQUARED for kind in self.kinds]), persistent=False
+        )
+        self.log_variance = nn.Parameter(torch.zeros(len(self.kinds)), requires_grad=LossKind.SQUARED in self.kinds)
+
+    @property
+    def heads(self) -> int:
+        return len(self.kinds)
+
+    def loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Weighted loss of each row, `[n]`, summed over heads; a missing label adds nothing."""
+        known = labels.isfinite()
+        y = torch.where(known, labels, 0.0).to(logits.dtype)
+        parts = []
+        if not all(self.kinds_are(LossKind.SQUARED)):
+            parts.append(nn.functional.softplus(logits) - y * logits)
+        if any(self.kinds_are(LossKind.SQUARED)):
+            log_variance = self.log_variance.to(logits.dtype)
+            parts.append(((logits - y) ** 2 * torch.exp(-log_variance) + log_variance) / 2)
+        loss = parts[0] if len(parts) == 1 else torch.where(self.squared, parts[1], parts[0])
+        return (loss * known).sum(1) * weights.to(logits.dtype)
+
+    def slope_and_curvature(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """First derivative of the loss by each logit, and the Gauss-Newton curvature, both `[n, heads]`."""
+        known = labels.isfinite()
+        y = torch.where(known, labels, 0.0).to(logits.dtype)
+        weight = known * weights.to(logits.dtype)[:, None]
+        p = torch.sigmoid(logits)
+        slope, curvature = p - y, p * (1 - p)
+        if any(self.kinds_are(LossKind.SQUARED)):
+            precision = torch.exp(-self.log_variance.to(logits.dtype)).expand_as(logits)
+            slope = torch.where(self.squared, (logits - y) * precision, slope)
+            curvature = torch.where(self.squared, precision, curvature)
+        return slope * weight, curvature * weight
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Probabilities of binary heads, values of squared heads, `[n, heads]`."""
+        return torch.where(self.squared, logits, torch.sigmoid(logits))
+
+    def kinds_are(self, kind: LossKind) -> list[bool]:
+        return [k is kind for k in self.kinds]

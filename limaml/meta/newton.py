@@ -1,0 +1,95 @@
+"""Solver `newton`: the support's maximum a posteriori estimate, in the space of the meta embedding.
+
+With the cold embedding z₀, a learned diagonal prior precision Λ, and J = ∂logit/∂z of each support row,
+
+    H = Σ κ J Jᵀ + Λ        g = Σ (dloss/dlogit) J + Λ (z − z₀)        z ← z − H⁻¹ g
+
+a few times (Gauss-Newton). κ is the loss's curvature by the logit, ≥ 0, and Λ > 0, so H is positive definite. A step that
+makes a task's objective worse is halved for that task. All of it is differentiated by the outer loop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from limaml.errors import ConfigError
+from limaml.meta.support import Support
+
+__all__ = ["NewtonSolver"]
+
+
+class NewtonSolver(nn.Module):
+    """Gauss-Newton steps from the cold embedding. Parameter: `log_precision` `[dim]`, the prior's."""
+
+    def __init__(self, dim: int, *, steps: int = 2, precision: float = 1.0, halvings: int = 3) -> None:
+        super().__init__()
+        if steps < 0 or not precision > 0:
+            raise ConfigError(f"The Newton solver needs steps ≥ 0 and precision > 0, but got {steps} and {precision}.")
+        self.steps, self.halvings = steps, halvings
+        self.log_precision = nn.Parameter(torch.full((dim,), math.log(precision)))
+
+    def objective(self, support: Support, z: Tensor, cold: Tensor) -> Tensor:
+        """Negative log posterior of each task up to a constant, `[tasks]`."""
+        return support.loss(z) + (torch.exp(self.log_precision) * (z - cold) ** 2).sum(1) / 2
+
+    def forward(self, support: Support, cold: Tensor) -> tuple[Tensor, Tensor]:
+        """Adapted meta embeddings `[tasks, dim]`, and the lower Cholesky factor of H `[tasks, dim, dim]` of the last
+        step (of the prior alone where there were no steps): H⁻¹ is the posterior covariance."""
+        outer = torch.is_grad_enabled()
+        prior = torch.exp(self.log_precision)
+        factor = torch.diag_embed(prior.sqrt().expand_as(cold))
+        z = cold
+        for _ in range(self.steps if len(support) else 0):
+            slope, hessian = self._system(support, z, cold, prior, outer)
+            factor = torch.linalg.cholesky(hessian)
+            step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+            z = z - self._damping(support, z, step, cold) * step
+            if not outer:
+                z, factor = z.detach(), factor.detach()
+        return z, factor
+
+    def _system(
+        self, support: Support, z: Tensor, cold: Tensor, prior: Tensor, create_graph: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient `[tasks, dim]` and Gauss-Newton matrix `[tasks, dim, dim]` at z."""
+        with torch.enable_grad():
+            per_row = z.index_select(0, support.segments.owner)
+            if not per_row.requires_grad:
+                per_row = per_row.detach().requires_grad_()
+            logits = support.scorer.per_row(per_row)
+            jacobians = [
+                torch.autograd.grad(
+                    logits[:, head].sum(),
+                    per_row,
+                    create_graph=create_graph,
+                    retain_graph=create_graph or head + 1 < logits.shape[1],
+                )[0]
+                for head in range(logits.shape[1])
+            ]
+        slopes, curvatures = support.losses.slope_and_curvature(
+            support.shifted(logits), support.labels, support.weights
+        )
+        if not create_graph:
+            slopes, curvatures = slopes.detach(), curvatures.detach()
+        gradient = prior * (z - cold)
+        hessian = torch.diag_embed(prior).expand(len(z), -1, -1)
+        for head, jacobian in enumerate(jacobians):
+            gradient = gradient + support.segments.sum(slopes[:, head, None] * jacobian)
+            hessian = hessian + support.segments.gram(curvatures[:, head, None] * jacobian, jacobian)
+        return gradient, hessian
+
+    @torch.no_grad()
+    def _damping(self, support: Support, z: Tensor, step: Tensor, cold: Tensor) -> Tensor:
+        """Share of the step each task takes, `[tasks, 1]`: halved while it makes the objective worse."""
+        share = torch.ones(len(z), 1, dtype=z.dtype, device=z.device)
+        before = self.objective(support, z, cold)
+        for _ in range(self.halvings):
+            after = self.objective(support, z - share * step, cold)
+            worse = after > before + 1e-6 * (1 + before.abs())
+            if not bool(worse.any()):
+                break
+            share = torch.where(worse[:, None], share / 2, share)
+        return share

@@ -1,0 +1,258 @@
+"""The outer loop: epochs, early stopping, checkpoints, exact resume. It trains whatever a `Learner` says to train, the
+personalised model and the baselines alike, so that all are treated the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from limaml.artifact import read_folder, write_folder
+from limaml.config import TrainConfig
+from limaml.errors import ConfigError, TrainingError
+
+__all__ = ["Epoch", "History", "Learner", "Progress", "fit"]
+
+Batch = TypeVar("Batch")
+
+CHECKPOINT = "checkpoint"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training rows. Losses are means per unit of row weight."""
+
+    epoch: int  # 1, 2, …
+    train_loss: float
+    valid_loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened. `best` is the epoch whose weights were kept: the last one where nothing was held out."""
+
+    epochs: tuple[Epoch, ...] = ()
+    best: int = 0
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Reported after every step."""
+
+    epoch: int
+    epochs: int
+    step: int  # in this epoch, from 1
+    steps: int
+    loss: float  # of this step
+    tasks: int  # done in this epoch
+    valid_loss: float | None = None  # of the epoch before
+
+
+class Learner(Protocol[Batch]):
+    """Something that can be trained: its batches and their loss."""
+
+    module: nn.Module
+
+    def batches(self, generator: torch.Generator) -> list[Batch]:
+        """The batches of one epoch, in an order drawn from `generator`."""
+        ...
+
+    def loss(self, batch: Batch) -> tuple[Tensor, float]:
+        """Sum of the weighted row losses of a batch, and the sum of the weights."""
+        ...
+
+    def tasks_in(self, batch: Batch) -> int: ...
+
+    def blame(self, batch: Batch) -> str:
+        """Where the loss of a batch is not a number, as a sentence."""
+        ...
+
+    def validate(self) -> float | None:
+        """Mean validation loss, or None where nothing is held out."""
+        ...
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Parameters that take the solvers' learning rate."""
+        ...
+
+
+@dataclass
+class _State(Generic[Batch]):
+    epoch: int = 0
+    history: list[Epoch] = field(default_factory=list)
+    best: int = 0
+    best_loss: float = math.inf
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _optimiser(learner: Learner[Batch], config: TrainConfig) -> torch.optim.Optimizer:
+    fast = {id(p) for p in learner.fast_parameters()}
+    tables = {
+        id(p)
+        for module in learner.module.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for p in module.parameters(recurse=False)
+    }
+    groups: dict[str, list[nn.Parameter]] = {"tables": [], "fast": [], "rest": []}
+    for parameter in learner.module.parameters():
+        if parameter.requires_grad:
+            kind = "fast" if id(parameter) in fast else "tables" if id(parameter) in tables else "rest"
+            groups[kind].append(parameter)
+    settings: dict[str, dict[str, Any]] = {
+        "tables": {"lr": config.lr, "weight_decay": config.table_decay},
+        "fast": {"lr": config.solver_lr, "weight_decay": 0.0},
+        "rest": {"lr": config.lr, "weight_decay": config.decay},
+    }
+    return torch.optim.AdamW([{"params": groups[name], **settings[name]} for name in groups if groups[name]])
+
+
+def fit(
+    learner: Learner[Batch],
+    config: TrainConfig,
+    *,
+    checkpoint: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> History:
+    """Train until the validation loss stops falling, or for `config.epochs` where nothing is held out.
+
+    The weights of the best epoch are in the module afterwards. With a `checkpoint` folder, every epoch is saved, and a
+    run that was killed goes on from the last one: on one thread it ends with the same bits as if it had not been.
+    """
+    optimiser = _optimiser(learner, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    state: _State[Batch] = _State()
+    if checkpoint is not None and checkpoint.exists():
+        state = _resume(checkpoint, learner.module, optimiser, generator, config)
+    while state.epoch < config.epochs and not _out_of_patience(state, config):
+        started = time.perf_counter()
+        train_loss = _one_epoch(learner, optimiser, generator, config, state, progress)
+        learner.module.eval()
+        valid_loss = learner.validate()
+        learner.module.train()
+        state.epoch += 1
+        state.history.append(Epoch(state.epoch, train_loss, valid_loss, time.perf_counter() - started))
+        if valid_loss is None or valid_loss < state.best_loss:
+            state.best = state.epoch
+            if valid_loss is not None:
+                state.best_loss = valid_loss
+                state.best_weights = {name: p.detach().clone() for name, p in learner.module.state_dict().items()}
+        if checkpoint is not None:
+            _save(checkpoint, state, learner.module, optimiser, generator, config)
+    if state.best_weights:
+        learner.module.load_state_dict(state.best_weights)
+    learner.module.eval()
+    return History(tuple(state.history), state.best, _out_of_patience(state, config))
+
+
+def _out_of_patience(state: _State[Batch], config: TrainConfig) -> bool:
+    return state.epoch - state.best >= config.patience
+
+
+def _one_epoch(
+    learner: Learner[Batch],
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    config: TrainConfig,
+    state: _State[Batch],
+    progress: Callable[[Progress], None] | None,
+) -> float:
+    batches = learner.batches(generator)
+    total, weight, tasks = 0.0, 0.0, 0
+    learner.module.train()
+    previous = state.history[-1].valid_loss if state.history else None
+    for step, batch in enumerate(batches, 1):
+        loss, size = learner.loss(batch)
+        mean = loss / max(size, 1e-12)
+        value = float(mean.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The loss is {value} in epoch {state.epoch + 1}, step {step}: {learner.blame(batch)} The usual causes are a "
+                "feature of extreme size, or a learning rate that is too high (train.lr, train.solver_lr, adapt.rate). The "
+                "checkpoint of the last whole epoch is kept."
+            )
+        optimiser.zero_grad(set_to_none=True)
+        mean.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(learner.module.parameters(), config.clip)
+        if not bool(norm.isfinite()):
+            raise TrainingError(
+                f"The meta-gradient is not finite in epoch {state.epoch + 1}, step {step}, though the loss is {value}: an "
+                "inner step overflowed. Lower adapt.rate or train.solver_lr. The checkpoint of the last whole epoch is kept."
+            )
+        optimiser.step()
+        total, weight, tasks = total + value * size, weight + size, tasks + learner.tasks_in(batch)
+        if progress is not None:
+            progress(Progress(state.epoch + 1, config.epochs, step, len(batches), value, tasks, previous))
+    return total / max(weight, 1e-12)
+
+
+def _save(
+    folder: Path,
+    state: _State[Batch],
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    config: TrainConfig,
+) -> None:
+    moments: dict[str, Tensor] = {}
+    for index, values in optimiser.state_dict()["state"].items():
+        for name, value in values.items():
+            moments[f"{index}.{name}"] = torch.as_tensor(value)
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "model": dict(module.state_dict()),
+        "optimiser": moments,
+        "random": {"batches": generator.get_state(), "torch": torch.get_rng_state()},
+    }
+    if state.best_weights:
+        tensors["best"] = state.best_weights
+    progress = {
+        "epoch": state.epoch,
+        "best": state.best,
+        "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
+        "history": [asdict(epoch) for epoch in state.history],
+        "train": config.model_dump(mode="json"),
+    }
+    write_folder(folder, tensors=tensors, documents={"progress": progress}, kind=CHECKPOINT, format=FORMAT)
+
+
+def _resume(
+    folder: Path,
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    config: TrainConfig,
+) -> _State[Batch]:
+    saved = read_folder(folder, kind=CHECKPOINT, format=FORMAT)
+    progress: Any = saved.documents["progress"]
+    before, now = dict(progress["train"]), config.model_dump(mode="json")
+    changed = sorted(name for name in now if name not in ("epochs", "patience") and before.get(name) != now[name])
+    if changed:
+        raise ConfigError(
+            f"The checkpoint {folder} was made with other settings of train.{', train.'.join(changed)}. Set them back to "
+            f"go on with it ({', '.join(f'{name}={before.get(name)!r}' for name in changed)}), or remove the folder."
+        )
+    module.load_state_dict(dict(saved.tensors["model"]))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved.tensors["optimiser"].items():
+        index, _, name = key.partition(".")
+        moments.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    generator.set_state(saved.tensors["random"]["batches"])
+    torch.set_rng_state(saved.tensors["random"]["torch"])
+    return _State(
+        epoch=progress["epoch"],
+        history=[Epoch(**epoch) for epoch in progress["history"]],
+        best=progress["best"],
+        best_loss=math.inf if progress["best_loss"] is None else progress["best_loss"],
+        best_weights=dict(saved.tensors["best"]) if "best" in saved.tensors else {},
+    )
