@@ -70,6 +70,7 @@ class PlainLearner:
         self.module: nn.Module = model
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.rows = train.nonzero().flatten()
+        self.weight = float(data.weights[train].sum())
         self.known = {}
         for task in model.deep:
             self.known[task] = torch.zeros(data.count(task), dtype=torch.bool)

@@ -1,0 +1,356 @@
+"""Compare methods on a table: every protocol, seed and method, in worker processes, from one config.
+
+The number of epochs is found on validation rows (of the first seed, per protocol and method, the same rule for every
+method); then each seed trains on all its training rows for that many epochs, and is judged on rows nothing has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from limaml.config import CompareConfig, Config, parse_config
+from limaml.errors import DataError
+from limaml.evaluate.embedding_map import EmbeddingMap
+from limaml.evaluate.figures import Curve
+from limaml.evaluate.methods import Problem, check_methods, config_of, fit_method
+from limaml.evaluate.predictions import Predictions
+from limaml.interactions import Encoder, Schema, index_interactions
+from limaml.meta.outer import Progress
+from limaml.meta.saved import save_model
+from limaml.tasks import Split, TaskRows, check_no_leak, split_by_new_tasks, split_by_task_order
+from limaml.types import Interactions, LossKind, Rows
+
+__all__ = ["Compared", "Job", "JobProgress", "compare"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: `epochs` is None where they are to be found on validation rows."""
+
+    protocol: str
+    method: str
+    seed: int
+    epochs: int | None = None
+    keep: str | None = None  # folder to save the trained model in
+
+    def __str__(self) -> str:
+        search = ", finding epochs" if self.epochs is None else ""
+        return f"{self.protocol} · {self.method} · seed {self.seed}{search}"
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """Where the comparison stands: jobs done of all, and the latest news of each running one."""
+
+    done: int
+    total: int
+    running: Mapping[str, Progress] = field(default_factory=dict)
+    finished: str | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All that a report is made of."""
+
+    predictions: tuple[Predictions, ...]
+    curves: tuple[Curve, ...]
+    epochs: Mapping[tuple[str, str], int]  # (protocol, method) → epochs trained
+    notes: tuple[str, ...]
+    embedding_map: EmbeddingMap | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    job: Job
+    best: int
+    predictions: tuple[Predictions, ...]
+    curve: Curve
+    embedding_map: EmbeddingMap | None = None
+
+
+def _split(data: Interactions, task: str, protocol: str, seed: int, settings: CompareConfig) -> Split:
+    if protocol == "warm":
+        return split_by_task_order(data, task, share=settings.test_share)
+    return split_by_new_tasks(data, task, seed=seed, share=settings.test_share)
+
+
+def _validation(data: Interactions, task: str, split: Split, seed: int, settings: CompareConfig) -> Split:
+    """The protocol once more, inside the training rows."""
+    share = settings.validation_share
+    if split.protocol == "warm":
+        return split_by_task_order(data, task, share=share, among=split.train, protocol="warm")
+    return split_by_new_tasks(data, task, seed=seed + 10_000, share=share, among=split.train)
+
+
+@lru_cache(maxsize=2)
+def _load(path: str, schema: str) -> tuple[pl.DataFrame, Schema, Interactions]:
+    frame = pl.read_parquet(path)
+    parsed = Schema.model_validate_json(schema)
+    return frame, parsed, index_interactions(frame, parsed)
+
+
+@lru_cache(maxsize=3)
+def _problem(path: str, schema: str, protocol: str, seed: int, config: str, validated: bool) -> tuple[Problem, Encoder]:
+    """Rows, split and encoding of one (protocol, seed), kept between the jobs of a worker."""
+    frame, parsed, plain = _load(path, schema)
+    settings = CompareConfig.model_validate_json(config)
+    task = parsed.tasks[0].name
+    split = _split(plain, task, protocol, seed, settings)
+    if not bool(split.test.any()) or not bool(split.train.any()):
+        raise DataError(
+            f"Protocol '{protocol}' leaves no rows to {'judge' if bool(split.train.any()) else 'train'} on: there are "
+            f"{len(plain)} rows of {plain.count(task)} tasks of type '{task}'. More rows per task are needed."
+        )
+    validation = _validation(plain, task, split, seed, settings) if validated else None
+    encoder = Encoder.fit(frame, parsed, split.train)
+    data = encoder.encode(frame)
+    rows = split.test.nonzero().flatten()
+    grouped = TaskRows.of(data.index[task], data.count(task), split.support)
+    tasks, owner = torch.unique(data.index[task][rows], return_inverse=True)
+    order = torch.sort(owner, stable=True).indices
+    check_no_leak(data, task, grouped.of_tasks(tasks), Rows(rows[order], owner[order]), tasks)
+    losses = tuple(label.loss for label in parsed.labels)
+    return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split, validation), encoder
+
+
+def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: Callable[[Progress], None]) -> _Answer:
+    settings = parse_config(json.loads(config))
+    problem, encoder = _problem(
+        path, schema, job.protocol, job.seed, settings.compare.model_dump_json(), job.epochs is None
+    )
+    fitted = fit_method(job.method, problem, settings, seed=job.seed, epochs=job.epochs, progress=progress)
+    epochs = fitted.history.epochs
+    valid = [epoch.valid_loss for epoch in epochs]
+    curve = Curve(
+        dataset,
+        job.protocol,
+        job.seed,
+        job.method,
+        [epoch.epoch for epoch in epochs],
+        [epoch.train_loss for epoch in epochs],
+        None if any(loss is None for loss in valid) else [float(loss) for loss in valid if loss is not None],
+        best_epoch=fitted.history.best if job.epochs is None else None,
+    )
+    if job.epochs is None:
+        return _Answer(job, fitted.history.best, (), curve)
+    if job.keep is not None and fitted.model is not None:
+        save_model(
+            job.keep,
+            fitted.model,
+            encoder,
+            config_of(job.method, settings),
+            {"protocol": job.protocol, "seed": job.seed, "epochs": job.epochs, "train_loss": epochs[-1].train_loss},
+        )
+    return _Answer(
+        job,
+        job.epochs,
+        tuple(_predictions(job, dataset, problem, fitted.rows, fitted.logits, encoder)),
+        curve,
+        _map(job, problem, fitted.embeddings) if job.keep is not None else None,
+    )
+
+
+def _predictions(
+    job: Job, dataset: str, problem: Problem, rows: torch.Tensor, logits: torch.Tensor, encoder: Encoder
+) -> list[Predictions]:
+    data, task = problem.data, problem.tasks[0]
+    support = TaskRows.of(data.index[task], data.count(task), problem.split.support).size
+    owner = data.index[task][rows]
+    found = []
+    for head, label in enumerate(encoder.schema.labels):
+        known = data.labels[rows, head].isfinite()
+        weight = data.weights[rows][known].double().numpy()
+        found.append(
+            Predictions(
+                dataset if len(problem.losses) == 1 else f"{dataset}/{label.name}",
+                job.protocol,
+                job.seed,
+                job.method,
+                owner[known].numpy(),
+                support[owner[known]].numpy(),
+                data.labels[rows, head][known].double().numpy(),
+                logits[known, head].double().numpy(),
+                None if bool((weight == 1).all()) else weight,
+                LossKind(label.loss),
+            )
+        )
+    return found
+
+
+def _map(job: Job, problem: Problem, embeddings: Mapping[str, torch.Tensor] | None) -> EmbeddingMap | None:
+    if not embeddings:
+        return None
+    data, task = problem.data, problem.tasks[0]
+    grouped = TaskRows.of(data.index[task], data.count(task), problem.split.support)
+    label = torch.nan_to_num(data.labels[grouped.rows, 0])
+    owner = torch.repeat_interleave(torch.arange(data.count(task)), grouped.size)
+    total = torch.zeros(data.count(task)).index_add(0, owner, label)
+    mean = torch.where(grouped.size > 0, total / grouped.size.clamp(min=1), torch.nan)
+    return EmbeddingMap(
+        job.protocol,
+        job.method,
+        embeddings[task].numpy().astype(np.float64),
+        data.ids[task],
+        grouped.size.numpy(),
+        mean.double().numpy(),
+    )
+
+
+# ---- worker processes ---------------------------------------------------------------------------------------------------
+
+_queue: Any = None
+
+
+def _start_worker(queue: Any) -> None:
+    global _queue
+    _queue = queue
+    torch.set_num_threads(1)
+
+
+def _work(job: Job, path: str, schema: str, dataset: str, config: str) -> _Answer:
+    def tell(progress: Progress) -> None:
+        if _queue is not None:
+            _queue.put((str(job), progress))
+
+    return _run(job, path, schema, dataset, config, tell)
+
+
+def compare(
+    table: Path,
+    schema: Schema,
+    config: Config,
+    *,
+    dataset: str,
+    keep: Path | None = None,
+    workers: int | None = None,
+    progress: Callable[[JobProgress], None] | None = None,
+) -> Compared:
+    """Compare `config.compare.methods` on the Parquet file `table`, whose columns `schema` explains.
+
+    Runs in `workers` processes of one thread each (default: one per core). With `keep`, the model of `limaml_newton`
+    (else of the first personalised method) of the first protocol and seed is saved in that folder.
+    """
+    settings = config.compare
+    check_methods(settings.methods)
+    kept = next((m for m in ("limaml_newton", *settings.methods) if m in settings.methods and "limaml" in m), None)
+    text, plan = config.model_dump_json(), schema.model_dump_json()
+    searches = [Job(protocol, method, 0) for protocol in settings.protocols for method in settings.methods]
+    # The slow ones first, so that no worker waits for the last.
+    searches.sort(key=lambda job: not job.method.startswith("limaml"))
+    answers: list[_Answer] = []
+    best: dict[tuple[str, str], int] = {}
+    total = len(searches) * (1 + settings.seeds)
+    running: dict[str, Progress] = {}
+
+    def follow(job: Job) -> list[Job]:
+        return [
+            Job(
+                job.protocol,
+                job.method,
+                seed,
+                best[job.protocol, job.method],
+                str(keep)
+                if keep is not None and (job.protocol, job.method, seed) == (settings.protocols[0], kept, 0)
+                else None,
+            )
+            for seed in range(settings.seeds)
+        ]
+
+    def take(answer: _Answer) -> list[Job]:
+        answers.append(answer)
+        running.pop(str(answer.job), None)
+        if progress is not None:
+            progress(JobProgress(len(answers), total, dict(running), str(answer.job)))
+        if answer.job.epochs is not None:
+            return []
+        best[answer.job.protocol, answer.job.method] = answer.best
+        return follow(answer.job)
+
+    def tell(name: str, news: Progress) -> None:
+        running[name] = news
+        if progress is not None:
+            progress(JobProgress(len(answers), total, dict(running)))
+
+    workers = min(workers or os.cpu_count() or 1, total)
+    if workers <= 1:
+        todo = list(searches)
+        while todo:
+            job = todo.pop(0)
+            todo += take(_run(job, str(table), plan, dataset, text, partial(tell, str(job))))
+    else:
+        _run_in_processes(searches, (str(table), plan, dataset, text), workers, take, tell)
+    answers.sort(key=lambda a: (a.job.protocol, settings.methods.index(a.job.method), a.job.seed))
+    return Compared(
+        tuple(p for answer in answers for p in answer.predictions),
+        tuple(answer.curve for answer in answers if answer.job.epochs is None),
+        best,
+        tuple(_notes(table, schema, settings, best)),
+        next((answer.embedding_map for answer in answers if answer.embedding_map is not None), None),
+    )
+
+
+def _run_in_processes(
+    jobs: Sequence[Job],
+    arguments: tuple[str, str, str, str],
+    workers: int,
+    take: Callable[[_Answer], list[Job]],
+    tell: Callable[[str, Progress], None],
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        queue = manager.Queue()
+        with ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
+            pending: set[Future[_Answer]] = {pool.submit(_work, job, *arguments) for job in jobs}
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    try:
+                        while True:
+                            tell(*queue.get_nowait())
+                    except Empty:
+                        pass
+                    for future in done:
+                        pending |= {pool.submit(_work, job, *arguments) for job in take(future.result())}
+            except BaseException:
+                pool.shutdown(cancel_futures=True, wait=False)
+                raise
+
+
+def _notes(table: Path, schema: Schema, settings: CompareConfig, best: Mapping[tuple[str, str], int]) -> list[str]:
+    """What was decided on the way: splits, ties, epochs."""
+    _, _, data = _load(str(table), schema.model_dump_json())
+    task = schema.tasks[0].name
+    notes = []
+    for protocol in settings.protocols:
+        split = _split(data, task, protocol, 0, settings)
+        what = (
+            f"each task's last {settings.test_share:.0%} of rows is the test"
+            if protocol == "warm"
+            else f"{settings.test_share:.0%} of the tasks are never trained on; the later half of each is the test"
+        )
+        tied = (
+            f" {split.tied} rows tie in time with their task's cut and went to the test's side." if split.tied else ""
+        )
+        notes.append(
+            f"Protocol {protocol}: {what}: {int(split.train.sum())} training rows, {int(split.test.sum())} test rows "
+            f"(seed 0).{tied}"
+        )
+        epochs = ", ".join(f"{method} {best[protocol, method]}" for method in settings.methods)
+        notes.append(
+            f"Protocol {protocol}: epochs found on validation rows of seed 0 ({settings.validation_share:.0%}, held out as "
+            f"the test rows are), then every seed trained on all training rows: {epochs}."
+        )
+    return notes
