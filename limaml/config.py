@@ -31,7 +31,7 @@ class ModelConfig(_Frozen):
     hidden: tuple[int, ...] = Field(default=(64, 32), min_length=1, description="Hidden layers of the global block.")
     factors: int = Field(default=16, ge=1, description="Width of the bilinear term (interaction).")
     cross_layers: int = Field(default=2, ge=0, description="Cross layers (cross).")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     dim: int = Field(default=16, ge=1, description="Size of the meta embedding.")
     meta_hidden: tuple[int, ...] = Field(default=(32,), description="Hidden layers of the meta block.")
     meta_embedding_dim: int = Field(default=8, ge=1, description="Width of each task feature's embedding.")
@@ -57,13 +57,16 @@ class TrainConfig(_Frozen):
     """The outer loop."""
 
     epochs: int = Field(default=20, ge=1)
-    lr: float = Field(default=0.003, gt=0, description="Of the blocks.")
+    lr: float = Field(default=0.005, gt=0, description="Of the blocks.")
     solver_lr: float = Field(default=0.03, gt=0, description="Of learned rates, prior count and prior precision.")
-    table_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of embedding tables.")
-    decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay of everything else.")
+    table_decay: float = Field(
+        default=30.0, ge=0, description="Prior precision of embedding tables: λ|w|²/2 per data set."
+    )
+    decay: float = Field(default=5.0, ge=0, description="Prior precision of all other weights.")
     rows_per_batch: int = Field(default=4096, ge=1, description="Interactions per batch; tasks are never cut.")
     query: Literal["cross_fit", "time_cut"] = "cross_fit"
-    patience: int = Field(default=3, ge=1, description="Epochs without a better validation loss before stopping.")
+    patience: int = Field(default=2, ge=1, description="Epochs without a better validation loss before stopping.")
+    average: float = Field(default=1.0, ge=0, description="Epochs that the running average of the weights looks back.")
     clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")
     seed: int = 0
 

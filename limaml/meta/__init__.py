@@ -1,0 +1,34 @@
+"""The meta-learning core: blocks, the engines and solvers that adapt them, and the outer loop."""
+
+from limaml.meta.blocks import CONSTANT, CrossNetwork, FeatureEmbedding, InteractionMLP, MetaMLP
+from limaml.meta.build import build_global_block, build_meta_model
+from limaml.meta.gradient import GradientSolver
+from limaml.meta.learn import MetaLearner
+from limaml.meta.losses import Losses
+from limaml.meta.model import MetaModel
+from limaml.meta.newton import NewtonSolver
+from limaml.meta.outer import Epoch, History, Learner, Progress, fit
+from limaml.meta.saved import TrainedModel, load_model, save_model
+
+__all__ = [
+    "CONSTANT",
+    "CrossNetwork",
+    "Epoch",
+    "FeatureEmbedding",
+    "GradientSolver",
+    "History",
+    "InteractionMLP",
+    "Learner",
+    "Losses",
+    "MetaLearner",
+    "MetaMLP",
+    "MetaModel",
+    "NewtonSolver",
+    "Progress",
+    "TrainedModel",
+    "build_global_block",
+    "build_meta_model",
+    "fit",
+    "load_model",
+    "save_model",
+]

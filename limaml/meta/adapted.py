@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["adapted_parameters", "frozen_modules", "layer_of"]
+__all__ = ["adapted_parameters", "frozen_modules", "layer_of", "structure_of"]
 
 
 def frozen_modules(block: nn.Module) -> list[str]:
@@ -13,7 +13,7 @@ def frozen_modules(block: nn.Module) -> list[str]:
 
 
 def adapted_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter, each shared parameter once."""
+    """Name → parameter, each shared parameter once. A parameter that needs no gradient is frozen, not adapted."""
     frozen = {
         id(parameter)
         for module in block.modules()
@@ -26,3 +26,12 @@ def adapted_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
 def layer_of(parameter: str) -> str:
     """The layer a parameter belongs to: the weight and the bias of a module share their inner rate."""
     return parameter.rpartition(".")[0]
+
+
+def structure_of(block: nn.Module) -> tuple[object, ...]:
+    """What an engine has seen of a block when it was made for it; once this changes, the engine is out of date.
+
+    Its modules and their modes, and its parameters by name, identity and whether they are frozen.
+    """
+    modules = tuple((name, id(module), module.training) for name, module in block.named_modules())
+    return modules, tuple((name, id(p), p.requires_grad) for name, p in block.named_parameters())

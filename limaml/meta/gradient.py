@@ -6,6 +6,7 @@ prior count): a task with little data moves little. Rates α are learned: one, p
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -13,13 +14,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from limaml.errors import ConfigError
+from limaml.errors import ConfigError, ModelError
 from limaml.meta.adapted import adapted_parameters, layer_of
 from limaml.meta.engine import Engine
 from limaml.meta.support import Support
 from limaml.types import Features
 
 __all__ = ["GradientSolver", "RateKind"]
+
+logger = logging.getLogger("limaml")
+
+LARGEST_GROWTH = 1e3
+"""A learned rate may grow to this many times the one it started from; beyond that, inner steps overflow."""
 
 RateKind = Literal["fixed", "scalar", "layer", "step", "layer_step"]
 
@@ -49,7 +55,13 @@ class GradientSolver(nn.Module):
             )
         self.steps, self.order = steps, order
         layers: Sequence[str] = sorted({layer_of(name) for name in adapted_parameters(block)})
+        if steps and not layers:
+            raise ModelError(
+                "A meta block has no parameter that the gradient solver could adapt: all of them are embedding tables, or "
+                "need no gradient. Add a layer behind the tables, or use the solver 'newton'."
+            )
         self._layer = {layer: i for i, layer in enumerate(layers)}
+        self._largest, self._warned = math.log(rate * LARGEST_GROWTH), False
         shape = (
             max(1, steps) if learn_rate in ("step", "layer_step") else 1,
             max(1, len(layers)) if learn_rate in ("layer", "layer_step") else 1,
@@ -60,6 +72,11 @@ class GradientSolver(nn.Module):
     def rate(self, step: int, layer: str) -> Tensor:
         """The inner learning rate of `layer` in step `step`, a scalar tensor."""
         rows, columns = self.log_rate.shape
+        if columns > 1 and layer not in self._layer:
+            raise ModelError(
+                f"Layer '{layer}' of the meta block was added or unfrozen after the solver was made, so it has no inner "
+                "rate. Make the MetaModel after the block has its final shape."
+            )
         return torch.exp(self.log_rate[step if rows > 1 else 0, self._layer[layer] if columns > 1 else 0])
 
     def objective(self, support: Support, z: Tensor) -> Tensor:
@@ -68,4 +85,20 @@ class GradientSolver(nn.Module):
 
     def forward(self, engine: Engine, features: Features, support: Support) -> Tensor:
         """Adapted meta embeddings `[tasks, dim]`."""
+        self._bound_rates()
         return engine.adapt(features, support, self.objective, self.steps, self.rate, self.order)
+
+    @torch.no_grad()
+    def _bound_rates(self) -> None:
+        """Put learned rates that ran away back to the largest allowed one, and say so once."""
+        if not self.log_rate.requires_grad or not bool((self.log_rate > self._largest).any()):
+            return
+        self.log_rate.clamp_(max=self._largest)
+        if not self._warned:
+            logger.warning(
+                "A learned inner rate reached %.3g, %g times the one it started from, and is held there. Lower "
+                "train.solver_lr, or start from a larger adapt.rate.",
+                math.exp(self._largest),
+                LARGEST_GROWTH,
+            )
+            self._warned = True

@@ -39,6 +39,7 @@ class MetaLearner:
         self.module: nn.Module = model
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.grouped = {task: TaskRows.of(data.index[task], data.count(task), train) for task in model.tasks}
+        self.weight = float(data.weights[train].sum())
         self._others: dict[tuple[str, bool | None], Tensor] = {}
 
     def fast_parameters(self) -> list[nn.Parameter]:
@@ -60,6 +61,7 @@ class MetaLearner:
                     made.append(MetaBatch(task, time_cut(grouped, tasks, generator, cap), None))
         if len(self.model.tasks) > 1:
             self._adapt_others(coin if crossed else None)
+        made = [batch for batch in made if len(batch.batch.query)]  # all rows on the support's side: nothing to judge
         return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
 
     def _adapt_others(self, coin: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from limaml.meta.adapted import adapted_parameters, layer_of
 from limaml.meta.engine import Objective, Rate
+from limaml.meta.masks import SharedMasks
 from limaml.meta.support import Support
 from limaml.types import Features
 
@@ -43,11 +44,13 @@ class Loop:
             own = {name: values[task : task + 1] for name, values in features.items()}
             rows = support.of(task)
             weights: dict[str, Tensor] = dict(self.adapted)
-            for step in range(steps if len(rows) else 0):
+            masks = SharedMasks(self.block)
+            for step in range(steps if len(rows) and weights else 0):
                 with torch.enable_grad():
                     if not outer:
                         weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
-                    z = functional_call(self.block, weights, (own,), tie_weights=True)
+                    with masks.drawn(next(iter(own.values()))):
+                        z = functional_call(self.block, weights, (own,), tie_weights=True)
                     slopes = torch.autograd.grad(
                         objective(rows, z).sum(),
                         list(weights.values()),
@@ -58,6 +61,7 @@ class Loop:
                     name: w if g is None else w - rate(step, layer_of(name)) * g
                     for (name, w), g in zip(weights.items(), slopes, strict=True)
                 }
-            adapted.append(functional_call(self.block, weights, (own,), tie_weights=True))
+            with masks.drawn(next(iter(own.values()))):
+                adapted.append(functional_call(self.block, weights, (own,), tie_weights=True))
         z = torch.cat(adapted)
         return z if outer else z.detach()

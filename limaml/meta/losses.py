@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from limaml.errors import ModelError
 from limaml.types import LossKind
 
 __all__ = ["Losses"]
@@ -46,6 +47,7 @@ class Losses(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Weighted loss of each row, `[n]`, summed over heads; a missing label adds nothing."""
+        self._check(logits, labels)
         known = labels.isfinite()
         y = torch.where(known, labels, 0.0).to(logits.dtype)
         parts = []
@@ -59,6 +61,7 @@ class Losses(nn.Module):
 
     def slope_and_curvature(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """First derivative of the loss by each logit, and the Gauss-Newton curvature, both `[n, heads]`."""
+        self._check(logits, labels)
         known = labels.isfinite()
         y = torch.where(known, labels, 0.0).to(logits.dtype)
         weight = known * weights.to(logits.dtype)[:, None]
@@ -69,6 +72,13 @@ class Losses(nn.Module):
             slope = torch.where(self.squared, (logits - y) * precision, slope)
             curvature = torch.where(self.squared, precision, curvature)
         return slope * weight, curvature * weight
+
+    def _check(self, logits: Tensor, labels: Tensor) -> None:
+        if logits.shape != labels.shape or logits.shape[1] != self.heads:  # broadcasting would hide it
+            raise ModelError(
+                f"The global block gives logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)} and "
+                f"{self.heads} losses; both must be [rows, heads], with one loss per head."
+            )
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Probabilities of binary heads, values of squared heads, `[n, heads]`."""

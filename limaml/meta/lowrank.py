@@ -6,13 +6,12 @@ kept, the adapted weights never exist, and `W x'` is one product shared by all t
 
 Normalisation layers keep their deltas as vectors. Any other parameter (a scale, a learned query, the fused weights of an
 attention module) is given a dense delta per task, and the block runs under `torch.func.vmap`, which passes through the
-shared products. A parameter read behind its module's back would get a wrong gradient, so each block is first *proved*: on
-a sample, the gradients the pairs give are compared with autograd's, and layers that disagree are made dense.
+shared products. A parameter read behind its module's back would get a wrong gradient, so each block is first tried: on a
+sample, the gradients the pairs give are compared with autograd's, and layers that disagree are made dense.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from limaml.errors import ModelError
 from limaml.meta.adapted import adapted_parameters, layer_of
 from limaml.meta.engine import Objective, Rate
+from limaml.meta.masks import SharedMasks
+from limaml.meta.proof import FAILURES, Unsupported, first_line, noisy_copies
 from limaml.meta.support import Support
 from limaml.types import Features
 
@@ -33,8 +33,8 @@ __all__ = ["LowRank", "Unsupported"]
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
-class Unsupported(ModelError):
-    """A block has something this engine cannot adapt exactly; the message names the module and the reason."""
+class _NotByTask(Unsupported):
+    """A layer is called on something whose first dimension is not the tasks."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Call:
     """One call of a layer in one forward pass."""
 
     layer: str
-    input: Tensor  # of a Linear; of a norm: the normalised input
+    input: Tensor  # (tasks, …, in) of a Linear; of a norm: the normalised input
     output: Tensor | None  # where the slope is taken; None: a probe stands in for it
 
 
@@ -62,18 +62,41 @@ class LowRank:
 
     name = "lowrank"
 
+    linear: dict[str, nn.Linear]
+    norm: dict[str, nn.Module]
+    by_task: bool  # every followed layer is called on tensors whose first dimension is the tasks
+
     def __init__(self, block: nn.Module, sample: Features) -> None:
         self._read(block)
-        for layer in self._disproved(sample):
-            self.linear.pop(layer, None)
-            self.norm.pop(layer, None)
+        for copied, features, tolerance in noisy_copies(block, sample):
+            trial = self.on(copied)
+            try:
+                trial._drop_wrong(features, tolerance)
+            except Unsupported:
+                raise
+            except FAILURES as error:
+                problem = first_line(error)
+                continue
+            self.linear = {name: module for name, module in self.linear.items() if name in trial.linear}
+            self.norm = {name: module for name, module in self.norm.items() if name in trial.norm}
+            self.by_task = trial.by_task
+            return
+        raise Unsupported(f"The block cannot be batched over tasks: {problem}.")
 
     def _read(self, block: nn.Module) -> None:
         self.block = block
         self.adapted = adapted_parameters(block)
-        self.linear: dict[str, nn.Linear] = {}
-        self.norm: dict[str, nn.Module] = {}
+        self.linear, self.norm, self.by_task = {}, {}, True
         self._classify()
+
+    def on(self, block: nn.Module) -> LowRank:
+        """The same engine for a copy of the block."""
+        other = LowRank.__new__(LowRank)
+        other._read(block)
+        other.linear = {name: module for name, module in other.linear.items() if name in self.linear}
+        other.norm = {name: module for name, module in other.norm.items() if name in self.norm}
+        other.by_task = self.by_task
+        return other
 
     def _classify(self) -> None:
         owners: dict[int, int] = {}
@@ -90,11 +113,12 @@ class LowRank:
             ):
                 raise Unsupported(
                     f"Module '{name}' ({type(module).__name__}) normalises over the batch in training mode, which makes "
-                    "one task depend on the others. Use LayerNorm, or call .eval() on it."
+                    "one task depend on the others. Use LayerNorm, or keep it in evaluation mode."
                 )
-            own = list(module.parameters(recurse=False))
-            shared = any(owners[id(parameter)] > 1 for parameter in own)
-            if not own or shared or not all(parameter.requires_grad for parameter in own):
+            own = dict(module.named_parameters(recurse=False))
+            shared = any(owners[id(parameter)] > 1 for parameter in own.values())
+            plain = "weight" in own and own.keys() <= {"weight", "bias"}
+            if not plain or shared or not all(parameter.requires_grad for parameter in own.values()):
                 continue
             if type(module) is nn.Linear:
                 self.linear[name] = module
@@ -102,78 +126,67 @@ class LowRank:
                 self.norm[name] = module
 
     @property
+    def flat(self) -> bool:
+        """Whether one plain call of the block serves all tasks, so that nothing needs `vmap`."""
+        return self.by_task and not self.dense
+
+    @property
     def dense(self) -> list[str]:
         """Adapted parameters that get a dense delta per task."""
         return [name for name in self.adapted if layer_of(name) not in self.linear and layer_of(name) not in self.norm]
 
-    def _disproved(self, sample: Features) -> set[str]:
-        """Layers whose gradient is not what their calls say, found on a noisy copy of the block: a layer that starts at
-        zero would prove nothing about those before it."""
-        features = {name: torch.cat([values[:2], values[:1]])[:2] for name, values in sample.items()}
-        noise = torch.Generator().manual_seed(0)
-        copied = LowRank.__new__(LowRank)
-        copied._read(copy.deepcopy(self.block).eval())
-        with torch.no_grad():
-            for parameter in copied.block.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=noise).to(parameter), alpha=0.1)
-        wrong = copied._wrong(features)
-        if wrong:
+    def _drop_wrong(self, features: Features, tolerance: float) -> None:
+        """Make those layers dense whose gradient is not what their calls say."""
+        for _ in range(3):
+            try:
+                wrong = self._wrong(features, tolerance)
+            except _NotByTask:
+                if not self.by_task:
+                    raise
+                self.by_task = False
+                continue
+            if not wrong:
+                return
+            if not wrong & {*self.linear, *self.norm}:
+                raise Unsupported(f"The parameters of {sorted(wrong)} cannot be followed through the block's forward.")
             for layer in wrong:
-                copied.linear.pop(layer, None)
-                copied.norm.pop(layer, None)
-            still = copied._wrong(features)
-            if still:
-                raise Unsupported(f"The parameters of {sorted(still)} cannot be followed through the block's forward.")
-        return wrong
+                self.linear.pop(layer, None)
+                self.norm.pop(layer, None)
+        raise Unsupported("The block's layers do not give the same gradients twice.")
 
-    def _wrong(self, features: Features) -> set[str]:
+    def _wrong(self, features: Features, tolerance: float) -> set[str]:
+        """Layers whose parameters get another gradient than from autograd, one task at a time."""
         tasks = next(iter(features.values())).shape[0]
-        try:
-            with torch.enable_grad():
-                z, calls, probes, dense = self._forward(features, _Deltas(), tasks)
-                if z.dim() != 2 or z.shape[0] != tasks:
-                    raise Unsupported(
-                        f"The meta block returns a tensor of shape {tuple(z.shape)} for {tasks} tasks; [tasks, dim] is needed."
-                    )
-                weights = torch.sin(torch.arange(1, z.numel() + 1, dtype=z.dtype)).view_as(z)
-                deltas = self._step(
-                    _Deltas(),
-                    (z * weights).sum(),
-                    calls,
-                    probes,
-                    dense,
-                    lambda step, layer: z.new_tensor(-1.0),
-                    0,
-                    False,
+        with torch.enable_grad():
+            z, calls, probes, dense = self._forward(features, _Deltas(), tasks)
+            if z.dim() != 2 or z.shape[0] != tasks:
+                raise Unsupported(
+                    f"The meta block returns a tensor of shape {tuple(z.shape)} for {tasks} tasks; [tasks, dim] is needed."
                 )
-        except Unsupported:
-            raise
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise Unsupported(
-                f"The block cannot be batched over tasks: {str(error).strip().splitlines()[0]}"
-            ) from error
-        wrong: set[str] = set()
+            weights = torch.sin(torch.arange(1, z.numel() + 1, dtype=z.dtype, device=z.device)).view_as(z)
+            minus = z.new_tensor(-1.0)
+            loss = (z * weights).sum()
+            deltas = self._step(_Deltas(), loss, calls, probes, dense, lambda step, layer: minus, 0, False)
+        errors: list[tuple[str, float, float]] = []
         for task in range(tasks):
             one = {name: values[task : task + 1] for name, values in features.items()}
             with torch.enable_grad():
                 out = (self.block(one) * weights[task]).sum()
                 expected = torch.autograd.grad(out, list(self.adapted.values()), allow_unused=True)
             for (name, parameter), gradient in zip(self.adapted.items(), expected, strict=True):
-                found = self._dense_delta(name, deltas, task)
                 truth = torch.zeros_like(parameter) if gradient is None else gradient
-                size = float(truth.abs().max()) + 1e-6
-                if found is None:
-                    found = torch.zeros_like(truth)
-                if float((found - truth).abs().max()) > 1e-3 * size:
-                    wrong.add(layer_of(name))
-        return wrong
+                found = self._dense_delta(name, deltas, task)
+                error = truth if found is None else found - truth
+                errors.append((name, float(error.abs().max()), float(truth.abs().max())))
+        largest = max(size for _, _, size in errors)  # zeros by symmetry are not zeros in floating point
+        return {layer_of(name) for name, error, size in errors if not error <= tolerance * (size + 1e-3 * largest)}
 
     def _dense_delta(self, name: str, deltas: _Deltas, task: int) -> Tensor | None:
         layer, kind = layer_of(name), name.rpartition(".")[2]
         if layer in self.linear:
             if layer not in deltas.inputs:
                 return None
-            x, g = deltas.inputs[layer][task], deltas.slopes[layer][task]
+            x, g = deltas.inputs[layer][task], deltas.slopes[layer][task]  # (pairs, in), (pairs, out)
             return g.T @ x if kind == "weight" else g.sum(0)
         if layer in self.norm:
             deltas_of = deltas.scale if kind == "weight" else deltas.shift
@@ -193,22 +206,25 @@ class LowRank:
                 calls.append(_Call(layer, x, out))
             return out
 
+        def input_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+            return args[0] if args else kwargs["input"]
+
         def on_linear(layer: str) -> Callable[..., Tensor]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                x = args[0]
+            def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
+                x = input_of(args, kwargs)
                 if layer in deltas.inputs:
-                    flat = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (tasks, calls, in)
-                    inner = torch.bmm(flat, deltas.inputs[layer].transpose(1, 2))
+                    inputs, slopes = deltas.inputs[layer], deltas.slopes[layer]
+                    inner = torch.bmm(_pairs(x, len(inputs), 1), inputs.transpose(1, 2))  # (tasks, calls, pairs)
                     if module.bias is not None:
                         inner = inner + 1
-                    out = out + torch.bmm(inner, deltas.slopes[layer]).view_as(out)
+                    out = out + torch.bmm(inner, slopes).reshape(out.shape)
                 return finish(layer, x, out)
 
             return hook
 
         def on_norm(layer: str) -> Callable[..., Tensor]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                x = args[0]
+            def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
+                x = input_of(args, kwargs)
                 if isinstance(module, nn.LayerNorm):
                     normal = nn.functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
                 else:
@@ -222,8 +238,8 @@ class LowRank:
 
             return hook
 
-        handles = [module.register_forward_hook(on_linear(name)) for name, module in self.linear.items()]
-        handles += [module.register_forward_hook(on_norm(name)) for name, module in self.norm.items()]
+        handles = [m.register_forward_hook(on_linear(name), with_kwargs=True) for name, m in self.linear.items()]
+        handles += [m.register_forward_hook(on_norm(name), with_kwargs=True) for name, m in self.norm.items()]
         try:
             yield
         finally:
@@ -235,13 +251,14 @@ class LowRank:
     ) -> tuple[Tensor, list[_Call], list[Tensor], dict[str, Tensor]]:
         """`z` `[tasks, dim]`, the calls, and where slopes are taken: probes, and dense deltas with gradients on."""
         calls: list[_Call] = []
-        if not self.dense:
+        if self.flat:
             with self._hooks(deltas, calls, None):
                 z: Tensor = self.block(features)
             for call in calls:
-                if call.input.shape[0] != tasks:
-                    raise Unsupported(
-                        f"Layer '{call.layer}' is called on {call.input.shape[0]} rows for {tasks} tasks: keep the tasks in the first dimension."
+                if call.input.dim() < 2 or call.input.shape[0] != tasks:
+                    raise _NotByTask(
+                        f"Layer '{call.layer}' is called on a tensor of shape {tuple(call.input.shape)} for {tasks} "
+                        "tasks: keep the tasks in the first dimension."
                     )
             return z, calls, [], {}
         return self._forward_vmapped(features, deltas, tasks)
@@ -257,8 +274,7 @@ class LowRank:
         followed = [*self.linear.values(), *self.norm.values()]
         handles = [module.register_forward_hook(shape_of) for module in followed]
         try:
-            with torch.no_grad():
-                self.block({name: values[:1] for name, values in features.items()})
+            self.block({name: values[:1] for name, values in features.items()})
         finally:
             for handle in handles:
                 handle.remove()
@@ -289,7 +305,7 @@ class LowRank:
             with self._hooks(own, calls, probe):
                 z = functional_call(self.block, weights, (batch(feature),), tie_weights=True)
             layers[:] = [call.layer for call in calls]
-            return z.squeeze(0), [call.input.squeeze(0) for call in calls]
+            return z.squeeze(0), [call.input for call in calls]
 
         z, inputs = vmap(one, randomness="different")(
             features, dense, deltas.inputs, deltas.slopes, deltas.scale, deltas.shift, probes
@@ -312,6 +328,8 @@ class LowRank:
     ) -> _Deltas:
         outputs = [call.output for call in calls if call.output is not None] or probes
         targets = [*outputs, *dense.values()]
+        if not targets or not loss.requires_grad:
+            return deltas
         slopes = cast(
             Sequence[Tensor | None],
             torch.autograd.grad(loss, targets, create_graph=second_order, allow_unused=True),
@@ -320,21 +338,19 @@ class LowRank:
         for call, slope in zip(calls, slopes, strict=False):
             if slope is None:
                 continue
-            if probes:
-                slope = slope.squeeze(1)
+            tasks = slope.shape[0]
             x = call.input if second_order else call.input.detach()
             step_size = -rate(step, call.layer)
             if call.layer in self.linear:
-                x = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-                slope = slope.flatten(1, -2) if slope.dim() > 2 else slope.unsqueeze(1)
-                _append(new.inputs, call.layer, x)
-                _append(new.slopes, call.layer, slope * step_size)
+                _append(new.inputs, call.layer, _pairs(x, tasks, 1))
+                _append(new.slopes, call.layer, _pairs(slope, tasks, 1) * step_size)
             else:
                 module = self.norm[call.layer]
-                inner = tuple(range(1, slope.dim() - len(cast(nn.LayerNorm, module).normalized_shape)))
-                _add(new.scale, call.layer, (slope * x).sum(inner) * step_size if inner else slope * x * step_size)
+                own = len(cast(nn.LayerNorm, module).normalized_shape)
+                slope = _pairs(slope, tasks, own)
+                _add(new.scale, call.layer, (slope * _pairs(x, tasks, own)).sum(1) * step_size)
                 if getattr(module, "bias", None) is not None:
-                    _add(new.shift, call.layer, slope.sum(inner) * step_size if inner else slope * step_size)
+                    _add(new.shift, call.layer, slope.sum(1) * step_size)
         for (name, delta), slope in zip(dense.items(), slopes[len(outputs) :], strict=True):
             old = delta if second_order else deltas.dense.get(name, torch.zeros_like(delta))
             new.dense[name] = old if slope is None else old - rate(step, layer_of(name)) * slope
@@ -350,21 +366,20 @@ class LowRank:
         order: int,
     ) -> Tensor:
         """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective(support, z)` `[tasks]`."""
-        tasks = next(iter(features.values())).shape[0]
-        outer = torch.is_grad_enabled()
+        like = next(iter(features.values()))
+        tasks, outer = like.shape[0], torch.is_grad_enabled()
+        masks = SharedMasks(self.block)
         deltas = _Deltas()
         for step in range(steps):
             with torch.enable_grad():
-                z, calls, probes, dense = self._forward(features, deltas, tasks)
+                with masks.drawn(like):
+                    z, calls, probes, dense = self._forward(features, deltas, tasks)
                 loss = objective(support, z).sum()
                 deltas = self._step(deltas, loss, calls, probes, dense, rate, step, order == 2 and outer)
             if not outer:
                 deltas = _detached(deltas)
-        if not self.dense:
-            with self._hooks(deltas, [], None):
-                adapted: Tensor = self.block(features)
-        else:
-            adapted = self._forward_vmapped(features, deltas, tasks)[0]
+        with masks.drawn(like):
+            adapted = self._forward(features, deltas, tasks)[0]
         return adapted if outer else adapted.detach()
 
 
@@ -375,8 +390,15 @@ def _detached(deltas: _Deltas) -> _Deltas:
     return _Deltas(cut(deltas.inputs), cut(deltas.slopes), cut(deltas.scale), cut(deltas.shift), cut(deltas.dense))
 
 
+def _pairs(values: Tensor, tasks: int, own: int) -> Tensor:
+    """(tasks, …, *own dimensions) → (tasks, calls, *own dimensions)."""
+    return values.reshape(tasks, -1, *values.shape[values.dim() - own :])
+
+
 def _spread(delta: Tensor, out: Tensor) -> Tensor:
     """(tasks, *shape) → (tasks, 1, …, *shape), to the dimensions of `out`."""
+    if out.dim() < delta.dim():  # under vmap, a norm of one vector
+        return delta.squeeze(0)
     return delta.view(delta.shape[0], *[1] * (out.dim() - delta.dim()), *delta.shape[1:])
 
 

@@ -10,7 +10,8 @@ To personalise an existing model `m(features) -> logits`, let it read one more f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -20,13 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from limaml.config import Adaptation
 from limaml.errors import ModelError
+from limaml.meta.adapted import structure_of
 from limaml.meta.engine import Engine
 from limaml.meta.gradient import GradientSolver
 from limaml.meta.loop import Loop
 from limaml.meta.losses import Losses
-from limaml.meta.lowrank import LowRank, Unsupported
+from limaml.meta.lowrank import LowRank
 from limaml.meta.newton import NewtonSolver
-from limaml.meta.support import Held, RowScorer, Support, side_features
+from limaml.meta.proof import Unsupported, prove, refuse_unused
+from limaml.meta.support import Held, RowScorer, Support, naming_shapes, side_features
 from limaml.meta.vmapped import Vmap
 from limaml.tasks import TaskRows
 from limaml.types import Features, Interactions, LossKind, Rows
@@ -74,7 +77,8 @@ class MetaModel(nn.Module):
                     f"pass dims={{'{task}': …}}."
                 )
         self.solvers = nn.ModuleDict({task: self._solver(task) for task in meta_blocks})
-        self._engines: dict[tuple[str, bool], Engine] = {}
+        self._engines: dict[tuple[str, bool], tuple[tuple[object, ...], Engine]] = {}
+        self._read_by_global: set[str] = set()
 
     def _solver(self, task: str) -> nn.Module:
         settings = self.adaptation
@@ -103,10 +107,12 @@ class MetaModel(nn.Module):
     def engine(self, task: str, sample: Features) -> Engine:
         """The engine of a task type's meta block: the fastest that is exact for it, or the one that was asked for."""
         block = self.meta_blocks[task]
-        key = (task, block.training)
-        if key not in self._engines:
-            self._engines[key] = choose_engine(block, sample, self.adaptation.engine, task)
-        return self._engines[key]
+        key, structure = (task, block.training), structure_of(block)
+        made_for, engine = self._engines.get(key, (None, None))
+        if engine is None or made_for != structure:
+            engine = choose_engine(block, sample, self.adaptation.engine, task)
+            self._engines[key] = (structure, engine)
+        return engine
 
     def features_of(self, data: Interactions, task: str, tasks: Tensor) -> Features:
         """What the meta block of `task` is given for the entries `tasks` `[n]`."""
@@ -114,7 +120,15 @@ class MetaModel(nn.Module):
 
     def cold(self, data: Interactions, task: str, tasks: Tensor) -> Tensor:
         """Cold embeddings `[tasks, dim]`: the un-adapted meta block on the tasks' own features."""
-        z: Tensor = self.meta_blocks[task](self.features_of(data, task, tasks))
+        features = self.features_of(data, task, tasks)
+        block, shape = self.meta_blocks[task], (len(tasks), self.dims[task])
+        with naming_shapes(f"The meta block {type(block).__name__} of '{task}'", lambda: features):
+            z: Tensor = block(features)
+        if z.shape != shape:
+            raise ModelError(
+                f"The meta block {type(block).__name__} of '{task}' gives a tensor of shape {list(z.shape)}; for "
+                f"{len(tasks)} tasks and dim={self.dims[task]} it must be {list(shape)}."
+            )
         return z
 
     def held_cold(self, data: Interactions, task: str) -> Held:
@@ -128,14 +142,21 @@ class MetaModel(nn.Module):
         task's. A task without support rows gets exactly its cold embedding. With gradients on, the result can be
         differentiated by all parameters, through all inner steps.
         """
-        cold = self.cold(data, task, tasks)
-        problem = Support(self.global_block, self.losses, data, task, tasks, support, self.held_cold(data, task))
+        if task not in self.solvers:
+            raise ModelError(f"There is no meta block for '{task}'; this model has {list(self.tasks)}.")
         solver = self.solvers[task]
-        if isinstance(solver, NewtonSolver):
-            z, _ = solver(problem, cold)
-        else:
-            features = self.features_of(data, task, tasks)
-            with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with a second derivative
+        with _twice_differentiable():
+            cold = self.cold(data, task, tasks)
+            if not len(support) or solver.steps == 0:
+                return cold
+            problem = Support(self.global_block, self.losses, data, task, tasks, support, self.held_cold(data, task))
+            if task not in self._read_by_global:
+                problem.refuse_unread(cold, task)
+                self._read_by_global.add(task)
+            if isinstance(solver, NewtonSolver):
+                z, _ = solver(problem, cold)
+            else:
+                features = self.features_of(data, task, tasks)
                 z = solver(self.engine(task, features), features, problem)
         return torch.where((problem.weight > 0)[:, None], z, cold)
 
@@ -162,17 +183,41 @@ class MetaModel(nn.Module):
         # A task weighs its rows, plus one: cold tasks cost something too.
         chunk = torch.div(torch.cumsum(used + 1, 0) - 1, rows_per_chunk, rounding_mode="floor")
         vectors = [torch.zeros(0, self.dims[task] or 0, dtype=self.dtype)]
-        was_training, done = self.training, 0
+        done, training = 0, {module: module.training for module in self.modules()}
         self.eval()
         try:
             for part in torch.split(tasks, torch.unique_consecutive(chunk, return_counts=True)[1].tolist()):
-                vectors.append(self.adapt(data, task, part, among.of_tasks(part, cap)))
+                z = self.adapt(data, task, part, among.of_tasks(part, cap))
+                vectors.append(z if bool(z.isfinite().all()) else self._isolated(data, task, part, z))
                 done += len(part)
                 if progress is not None:
                     progress(done, len(tasks))
         finally:
-            self.train(was_training)
+            for module, mode in training.items():  # not .train(): a module that was kept in evaluation mode stays there
+                module.training = mode
         return torch.cat(vectors)
+
+    def _isolated(self, data: Interactions, task: str, tasks: Tensor, z: Tensor) -> Tensor:
+        """`z` `[tasks, dim]` with the cold embedding where adaptation overflowed, which is reported."""
+        bad = ~z.isfinite().all(1)
+        cold = self.cold(data, task, tasks)
+        broken = bad & ~cold.isfinite().all(1)
+        if bool(broken.any()):
+            key = data.ids[task][int(tasks[broken.nonzero()[0, 0]])]
+            raise ModelError(
+                f"The meta block gives no finite embedding for {int(broken.sum())} tasks, the first of them {task}:{key}, "
+                "even without adaptation: look for a NaN or a value of extreme size in its features, or in the weights."
+            )
+        first = data.ids[task][int(tasks[bad.nonzero()[0, 0]])]
+        logger.warning(
+            "Adaptation overflowed for %d of %d tasks, the first of them %s:%s; they keep their cold embeddings. Look for a "
+            "NaN or an extreme value in their rows, or lower adapt.rate.",
+            int(bad.sum()),
+            len(tasks),
+            task,
+            first,
+        )
+        return torch.where(bad[:, None], cold, z)
 
     def logits(
         self,
@@ -196,27 +241,50 @@ class MetaModel(nn.Module):
         return scorer.logits(embeddings[task][distinct])
 
 
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Attention by kernels that have a second derivative and can be batched over tasks, in every pass alike."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def choose_engine(
     block: nn.Module, sample: Features, wanted: Literal["auto", "lowrank", "vmap", "loop"], task: str
 ) -> Engine:
-    """The fastest engine that is exact for `block`; one sentence in the log where it is not `lowrank`."""
-    if wanted == "loop":
-        return Loop(block)
-    if wanted == "vmap":
-        return Vmap(block)
-    try:
-        return LowRank(block, sample)
-    except Unsupported as reason:
-        if wanted == "lowrank":
-            raise
-        why = str(reason)
-    try:
-        engine = Vmap(block)
-        with torch.no_grad():
-            weights = {name: p.unsqueeze(0) for name, p in engine.adapted.items()}
-            engine._forward(weights, {name: values[:1] for name, values in sample.items()})
-        chosen: Engine = engine
-    except (RuntimeError, ValueError, NotImplementedError):
-        chosen = Loop(block)
-    logger.warning("The meta block of '%s' is adapted by the engine '%s': %s", task, chosen.name, why)
-    return chosen
+    """The fastest engine that is exact for `block`; one sentence in the log where it is not `lowrank`.
+
+    Raises `ModelError` where the engine that was asked for, or every engine, cannot adapt the block, and where a
+    parameter of the block is not used.
+    """
+    refuse_unused(block, sample, task)
+    reason: Unsupported | None = None
+    for name in ("lowrank", "vmap", "loop") if wanted == "auto" else (wanted,):
+        try:
+            engine = _proven(name, block, sample)
+        except Unsupported as error:
+            if wanted != "auto":
+                raise ModelError(
+                    f"The meta block of '{task}' cannot be adapted by the engine '{name}': {error} Leave adapt.engine at "
+                    "'auto' to have the fastest engine that can."
+                ) from error
+            reason = reason or error
+            continue
+        if reason is not None:
+            logger.warning("The meta block of '%s' is adapted by the engine '%s': %s", task, name, reason)
+        return engine
+    raise ModelError(f"No engine can adapt the meta block of '{task}'. {reason}") from reason
+
+
+def _proven(name: str, block: nn.Module, sample: Features) -> Engine:
+    if name == "lowrank":
+        engine = LowRank(block, sample)
+        prove(engine.on, block, sample)
+        return engine
+    plain = Vmap if name == "vmap" else Loop
+    prove(plain, block, sample)
+    return plain(block)

@@ -5,12 +5,13 @@ With the cold embedding z₀, a learned diagonal prior precision Λ, and J = ∂
     H = Σ κ J Jᵀ + Λ        g = Σ (dloss/dlogit) J + Λ (z − z₀)        z ← z − H⁻¹ g
 
 a few times (Gauss-Newton). κ is the loss's curvature by the logit, ≥ 0, and Λ > 0, so H is positive definite. A step that
-makes a task's objective worse is halved for that task. All of it is differentiated by the outer loop.
+makes a task's objective worse is halved for that task, and given up if halving does not help. All of it is differentiated by the outer loop.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,10 @@ class NewtonSolver(nn.Module):
 
     def objective(self, support: Support, z: Tensor, cold: Tensor) -> Tensor:
         """Negative log posterior of each task up to a constant, `[tasks]`."""
-        return support.loss(z) + (torch.exp(self.log_precision) * (z - cold) ** 2).sum(1) / 2
+        return support.loss(z) + self._prior_loss(z, cold)
+
+    def _prior_loss(self, z: Tensor, cold: Tensor) -> Tensor:
+        return (torch.exp(self.log_precision) * (z - cold) ** 2).sum(1) / 2
 
     def forward(self, support: Support, cold: Tensor) -> tuple[Tensor, Tensor]:
         """Adapted meta embeddings `[tasks, dim]`, and the lower Cholesky factor of H `[tasks, dim, dim]` of the last
@@ -43,32 +47,36 @@ class NewtonSolver(nn.Module):
         factor = torch.diag_embed(prior.sqrt().expand_as(cold))
         z = cold
         for _ in range(self.steps if len(support) else 0):
-            slope, hessian = self._system(support, z, cold, prior, outer)
-            factor = torch.linalg.cholesky(hessian)
+            slope, hessian, before = self._system(support, z, cold, prior, outer)
+            factor = _cholesky(hessian)
             step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
-            z = z - self._damping(support, z, step, cold) * step
+            z = z - self._damping(support, z, step, cold, before) * step
             if not outer:
                 z, factor = z.detach(), factor.detach()
         return z, factor
 
     def _system(
         self, support: Support, z: Tensor, cold: Tensor, prior: Tensor, create_graph: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient `[tasks, dim]` and Gauss-Newton matrix `[tasks, dim, dim]` at z."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient `[tasks, dim]`, Gauss-Newton matrix `[tasks, dim, dim]` and objective `[tasks]` at z."""
         with torch.enable_grad():
             per_row = z.index_select(0, support.segments.owner)
             if not per_row.requires_grad:
                 per_row = per_row.detach().requires_grad_()
             logits = support.scorer.per_row(per_row)
-            jacobians = [
+            jacobians: list[Tensor | None] = [
                 torch.autograd.grad(
                     logits[:, head].sum(),
                     per_row,
                     create_graph=create_graph,
                     retain_graph=create_graph or head + 1 < logits.shape[1],
+                    allow_unused=True,  # a head need not read every meta embedding
                 )[0]
                 for head in range(logits.shape[1])
             ]
+        with torch.no_grad():
+            losses = support.losses.loss(support.shifted(logits), support.labels, support.weights)
+            objective = support.segments.sum(losses) + self._prior_loss(z, cold)
         slopes, curvatures = support.losses.slope_and_curvature(
             support.shifted(logits), support.labels, support.weights
         )
@@ -77,19 +85,35 @@ class NewtonSolver(nn.Module):
         gradient = prior * (z - cold)
         hessian = torch.diag_embed(prior).expand(len(z), -1, -1)
         for head, jacobian in enumerate(jacobians):
+            if jacobian is None:
+                continue
             gradient = gradient + support.segments.sum(slopes[:, head, None] * jacobian)
             hessian = hessian + support.segments.gram(curvatures[:, head, None] * jacobian, jacobian)
-        return gradient, hessian
+        return gradient, hessian, objective
 
     @torch.no_grad()
-    def _damping(self, support: Support, z: Tensor, step: Tensor, cold: Tensor) -> Tensor:
-        """Share of the step each task takes, `[tasks, 1]`: halved while it makes the objective worse."""
+    def _damping(self, support: Support, z: Tensor, step: Tensor, cold: Tensor, before: Tensor) -> Tensor:
+        """Share of the step each task takes, `[tasks, 1]`: halved while it makes the objective worse than `before`
+        `[tasks]`, and 0 if it still does in the end."""
         share = torch.ones(len(z), 1, dtype=z.dtype, device=z.device)
-        before = self.objective(support, z, cold)
-        for _ in range(self.halvings):
+        rounding = (1e-6 if z.dtype == torch.float32 else 1e-12) * (1 + before.abs())
+        for halving in range(self.halvings + 1):
             after = self.objective(support, z - share * step, cold)
-            worse = after > before + 1e-6 * (1 + before.abs())
+            worse = ~(after <= before + rounding)  # true also where `after` is not a number
             if not bool(worse.any()):
                 break
-            share = torch.where(worse[:, None], share / 2, share)
+            smaller = share / 2 if halving < self.halvings else torch.zeros_like(share)
+            share = torch.where(worse[:, None], smaller, share)
         return share
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor of each matrix. One that rounding has made indefinite gets a little more diagonal; one that
+    is not finite gives NaN, for its task alone."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not bool(failed.any()):
+        return cast(Tensor, factor)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    extra = (failed > 0)[:, None] * 1e-5 * diagonal.detach().mean(1, keepdim=True).nan_to_num()
+    factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(extra.expand_as(diagonal)))
+    return torch.where((failed > 0)[:, None, None], torch.nan, factor)

@@ -93,6 +93,8 @@ class _State(Generic[Batch]):
     best: int = 0
     best_loss: float = math.inf
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
 
 
 def _optimiser(learner: Learner[Batch], config: TrainConfig) -> torch.optim.Optimizer:
@@ -109,11 +111,11 @@ def _optimiser(learner: Learner[Batch], config: TrainConfig) -> torch.optim.Opti
             kind = "fast" if id(parameter) in fast else "tables" if id(parameter) in tables else "rest"
             groups[kind].append(parameter)
     settings: dict[str, dict[str, Any]] = {
-        "tables": {"lr": config.lr, "weight_decay": config.table_decay},
+        "tables": {"lr": config.lr, "weight_decay": config.table_decay / learner.weight},
         "fast": {"lr": config.solver_lr, "weight_decay": 0.0},
-        "rest": {"lr": config.lr, "weight_decay": config.decay},
+        "rest": {"lr": config.lr, "weight_decay": config.decay / learner.weight},
     }
-    return torch.optim.AdamW([{"params": groups[name], **settings[name]} for name in groups if groups[name]])
+    return torch.optim.Adam([{"params": groups[name], **settings[name]} for name in groups if groups[name]])
 
 
 def fit(
@@ -137,22 +139,41 @@ def fit(
     while state.epoch < config.epochs and not _out_of_patience(state, config):
         started = time.perf_counter()
         train_loss = _one_epoch(learner, optimiser, generator, config, state, progress)
-        learner.module.eval()
-        valid_loss = learner.validate()
-        learner.module.train()
+        valid_loss = _with_weights(learner, state.average)
         state.epoch += 1
         state.history.append(Epoch(state.epoch, train_loss, valid_loss, time.perf_counter() - started))
         if valid_loss is None or valid_loss < state.best_loss:
             state.best = state.epoch
             if valid_loss is not None:
                 state.best_loss = valid_loss
-                state.best_weights = {name: p.detach().clone() for name, p in learner.module.state_dict().items()}
+                state.best_weights = {name: p.clone() for name, p in state.average.items()}
         if checkpoint is not None:
             _save(checkpoint, state, learner.module, optimiser, generator, config)
-    if state.best_weights:
-        learner.module.load_state_dict(state.best_weights)
+    learner.module.load_state_dict(state.best_weights or state.average)
     learner.module.eval()
     return History(tuple(state.history), state.best, _out_of_patience(state, config))
+
+
+def _with_weights(learner: Learner[Batch], weights: dict[str, Tensor]) -> float | None:
+    """Validation loss with the averaged weights in place of the current ones."""
+    current = {name: p.detach().clone() for name, p in learner.module.state_dict().items()}
+    learner.module.load_state_dict(weights)
+    learner.module.eval()
+    loss = learner.validate()
+    learner.module.load_state_dict(current)
+    learner.module.train()
+    return loss
+
+
+@torch.no_grad()
+def _average(average: dict[str, Tensor], module: nn.Module, steps: int, horizon: float) -> None:
+    """Move the running average of the weights towards them: a plain mean at first, then over `horizon` steps."""
+    share = 1 / min(steps, max(horizon, 1.0))
+    for name, value in module.state_dict().items():
+        if name not in average or not value.is_floating_point():
+            average[name] = value.clone()
+        else:
+            average[name].lerp_(value, share)
 
 
 def _out_of_patience(state: _State[Batch], config: TrainConfig) -> bool:
@@ -190,6 +211,8 @@ def _one_epoch(
                 "inner step overflowed. Lower adapt.rate or train.solver_lr. The checkpoint of the last whole epoch is kept."
             )
         optimiser.step()
+        state.steps += 1
+        _average(state.average, learner.module, state.steps, config.average * len(batches))
         total, weight, tasks = total + value * size, weight + size, tasks + learner.tasks_in(batch)
         if progress is not None:
             progress(Progress(state.epoch + 1, config.epochs, step, len(batches), value, tasks, previous))

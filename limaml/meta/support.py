@@ -6,30 +6,48 @@ steps (design facts 3 to 5): each side's distinct entries are encoded once and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from limaml.errors import LimamlError, ModelError
 from limaml.meta.blocks import CONSTANT, add_parts
 from limaml.meta.losses import Losses
+from limaml.meta.masks import SharedMasks
 from limaml.meta.segments import Segments
 from limaml.types import CutBlock, Features, Interactions, Parts, Rows, embedding_name
 
-__all__ = ["Held", "RowScorer", "Support", "side_features", "take"]
+__all__ = ["Held", "RowScorer", "Support", "naming_shapes", "side_features", "take"]
 
 Held = Mapping[str, Callable[[Tensor], Tensor]]
 """Task type → embeddings `[n, dim]` of the given entries `[n]` of its table: what the *other* task types are held at."""
 
 
-def take(features: Features, entries: Tensor) -> Features:
-    """The features of the given entries of a side."""
-    return {name: values[entries] for name, values in features.items()}
+def take(features: Features, entries: Tensor, dtype: torch.dtype | None = None) -> Features:
+    """The features of the given entries of a side; floating ones as `dtype` where that is given."""
+    taken = {name: values[entries] for name, values in features.items()}
+    if dtype is None:
+        return taken
+    return {name: values.to(dtype) if values.is_floating_point() else values for name, values in taken.items()}
+
+
+@contextmanager
+def naming_shapes(what: str, features: Callable[[], Features]) -> Iterator[None]:
+    """An error from inside a user's block, with the shapes it was given."""
+    try:
+        yield
+    except (LimamlError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(values.shape)} {values.dtype}" for name, values in features().items())
+        raise ModelError(f"{what} failed: {type(error).__name__}: {error} It was given: {shapes}.") from error
 
 
 def side_features(data: Interactions, side: str, entries: Tensor, dtype: torch.dtype) -> Features:
     """The features of a task type's entries `[n]`, with the constant that every meta block is given."""
-    features = take(data.sides.get(side, {}), entries)
+    features = take(data.sides.get(side, {}), entries, dtype)
     features[CONSTANT] = torch.ones(len(entries), 1, dtype=dtype, device=entries.device)
     return features
 
@@ -57,6 +75,8 @@ class RowScorer:
         hoist: bool = True,
     ) -> None:
         self.block, self.name, self.owner = block, embedding_name(task), rows.owner
+        self.dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), None)
+        self.masks = SharedMasks(block)
         self.cut = hoist and isinstance(block, CutBlock)
         self._fixed: Parts | None = None
         self._features: Features = {}
@@ -67,7 +87,7 @@ class RowScorer:
                 distinct, place = (tasks, rows.owner) if side == task else torch.unique(entry, return_inverse=True)
                 self._add(table, distinct, place, held.get(side) if side != task else None, side)
             else:
-                self._features |= take(table, entry)
+                self._features |= take(table, entry, self.dtype)
                 if side != task and side in held:
                     self._features[embedding_name(side)] = held[side](entry)
 
@@ -75,9 +95,11 @@ class RowScorer:
         self, table: Features, distinct: Tensor, place: Tensor, held: Callable[[Tensor], Tensor] | None, side: str
     ) -> None:
         assert isinstance(self.block, CutBlock)
-        parts = self.block.encode(take(table, distinct)) if table else None
+        features = take(table, distinct, self.dtype) if table else {}
+        with self._naming(".encode", lambda: features):
+            parts = self.block.encode(features) if features else None
         if held is not None:
-            condition = self.block.condition({embedding_name(side): held(distinct)})
+            condition = self._condition({embedding_name(side): held(distinct)})
             parts = condition if parts is None else add_parts(parts, condition)
         if parts is not None:
             parts = _gather(parts, place)
@@ -87,20 +109,45 @@ class RowScorer:
         """Logits `[n, heads]` for meta embeddings `z` `[tasks, dim]`."""
         if not self.cut:
             return self.per_row(z.index_select(0, self.owner))
-        assert isinstance(self.block, CutBlock)
-        return self._score(_gather(self.block.condition({self.name: z}), self.owner))
+        with self.masks.drawn(z):
+            return self._score(_gather(self._condition({self.name: z}), self.owner))
 
     def per_row(self, z: Tensor) -> Tensor:
         """Logits `[n, heads]` for one meta embedding per row, `z` `[n, dim]`."""
-        if not self.cut:
-            logits: Tensor = self.block({**self._features, self.name: z})
-            return logits
+        with self.masks.drawn(z):
+            if self.cut:
+                return self._score(self._condition({self.name: z}))
+            features = {**self._features, self.name: z}
+            with self._naming("", lambda: features):
+                logits: Tensor = self.block(features)
+        return self._checked(logits)
+
+    def _condition(self, embeddings: Features) -> Parts:
         assert isinstance(self.block, CutBlock)
-        return self._score(self.block.condition({self.name: z}))
+        with self._naming(".condition", lambda: embeddings):
+            return self.block.condition(embeddings)
 
     def _score(self, parts: Parts) -> Tensor:
         assert isinstance(self.block, CutBlock)
-        return self.block.score(parts if self._fixed is None else add_parts(self._fixed, parts))
+        parts = parts if self._fixed is None else add_parts(self._fixed, parts)
+        named = {f"slot {i}": part for i, part in enumerate(parts) if part is not None}
+        with self._naming(".score", lambda: named):
+            logits = self.block.score(parts)
+        return self._checked(logits)
+
+    def _naming(self, method: str, features: Callable[[], Features]) -> AbstractContextManager[None]:
+        return naming_shapes(f"The global block {type(self.block).__name__}{method}", features)
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        rows = len(self.owner)
+        if logits.shape == (rows,):  # a block of one head that leaves the head's dimension out
+            return logits.unsqueeze(1)
+        if logits.dim() != 2 or logits.shape[0] != rows:
+            raise ModelError(
+                f"The global block {type(self.block).__name__} gives logits of shape {list(logits.shape)} for {rows} rows; "
+                "[rows, heads] is needed."
+            )
+        return logits
 
 
 class Support:
@@ -138,6 +185,18 @@ class Support:
         """Sum of the weighted losses of each task's support, `[tasks]`; 0 for a task without rows."""
         logits = self.shifted(self.scorer.logits(z))
         return self.segments.sum(self.losses.loss(logits, self.labels, self.weights))
+
+    def refuse_unread(self, z: Tensor, task: str) -> None:
+        """Raise `ModelError` unless the logits depend on the meta embeddings `z` of `task` (here `[tasks, dim]`)."""
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            logits = self.scorer.logits(leaf)
+            read = logits.requires_grad and torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None
+        if not read:
+            raise ModelError(
+                f"The global block {type(self.scorer.block).__name__} does not use features['{embedding_name(task)}'], so "
+                f"nothing would be personalised for '{task}'. Let its forward read that feature."
+            )
 
     def of(self, task: int) -> Support:
         """The support of one task of the batch, scored the plain way, with nothing hoisted: for the `loop` engine."""

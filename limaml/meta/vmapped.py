@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 
 from limaml.meta.adapted import adapted_parameters, layer_of
 from limaml.meta.engine import Objective, Rate
+from limaml.meta.masks import SharedMasks
 from limaml.meta.support import Support
 from limaml.types import Features
 
@@ -45,14 +46,17 @@ class Vmap:
         order: int,
     ) -> Tensor:
         """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective(support, z)` `[tasks]`."""
-        tasks = next(iter(features.values())).shape[0]
-        outer = torch.is_grad_enabled()
+        like = next(iter(features.values()))
+        tasks, outer = like.shape[0], torch.is_grad_enabled()
+        masks = SharedMasks(self.block)
         weights: dict[str, Tensor] = {name: p.unsqueeze(0).expand(tasks, *p.shape) for name, p in self.adapted.items()}
-        for step in range(steps):
+        for step in range(steps if self.adapted else 0):
             with torch.enable_grad():
                 if not outer:
                     weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
-                loss = objective(support, self._forward(weights, features)).sum()
+                with masks.drawn(like):
+                    z = self._forward(weights, features)
+                loss = objective(support, z).sum()
                 slopes = torch.autograd.grad(
                     loss, list(weights.values()), create_graph=order == 2 and outer, allow_unused=True
                 )
@@ -60,5 +64,6 @@ class Vmap:
                 name: w if g is None else w - rate(step, layer_of(name)) * g
                 for (name, w), g in zip(weights.items(), slopes, strict=True)
             }
-        z = self._forward(weights, features)
+        with masks.drawn(like):
+            z = self._forward(weights, features)
         return z if outer else z.detach()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limaml.errors import DataError, LeakError
+from limaml.errors import ConfigError, DataError, LeakError
 from limaml.tasks.windows import TaskRows
 from limaml.types import Interactions, Rows
 
@@ -39,11 +39,16 @@ class Split:
             raise LeakError(f"Split '{self.protocol}' of task '{self.task}' has rows both before and behind its cut.")
 
 
+def _check_share(name: str, share: float) -> None:
+    if not 0 < share < 1:
+        raise ConfigError(f"A split's {name} must lie between 0 and 1, both excluded, but is {share}.")
+
+
 def _last_share(data: Interactions, task: str, among: Tensor, share: float) -> tuple[Tensor, int]:
     """Mask of each task's last `share` of the rows in `among`, grown by ties, and by how many rows."""
     grouped = TaskRows.of(data.index[task], data.count(task), among)
     size = grouped.size
-    behind = torch.floor(size * share + 0.5).long()
+    behind = torch.floor(size.double() * share + 0.5).long()
     cut = grouped.offset[:-1] + size - behind  # first test row of each task
     time = data.time[grouped.rows]
     has = behind > 0
@@ -60,6 +65,7 @@ def split_by_task_order(
     data: Interactions, task: str, *, share: float = 0.2, among: Tensor | None = None, protocol: str = "warm"
 ) -> Split:
     """`warm`: each task's last `share` of rows (rounded) is the test; the rest is training and support."""
+    _check_share("share", share)
     among = torch.ones(len(data), dtype=torch.bool) if among is None else among
     test, tied = _last_share(data, task, among, share)
     train = among & ~test
@@ -78,6 +84,8 @@ def split_by_new_tasks(
 ) -> Split:
     """`new_tasks`: a seeded `share` of the tasks is never trained on; the last `behind` of each such task is the test,
     what precedes it is its support."""
+    _check_share("share", share)
+    _check_share("behind", behind)
     among = torch.ones(len(data), dtype=torch.bool) if among is None else among
     tasks = data.count(task)
     present = torch.zeros(tasks, dtype=torch.bool)
@@ -89,7 +97,7 @@ def split_by_new_tasks(
         )
     order = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))]
     held = torch.zeros(tasks, dtype=torch.bool)
-    held[order[: max(1, round(share * len(order)))]] = True
+    held[order[: min(max(1, round(share * len(order))), len(order) - 1)]] = True
     of_held = held[data.index[task]] & among
     test, tied = _last_share(data, task, of_held, behind)
     return Split(protocol, task, among & ~of_held, among & ~test, test, tied)
@@ -99,6 +107,8 @@ def split_by_time(
     data: Interactions, task: str, *, cut: int, until: int | None = None, among: Tensor | None = None
 ) -> Split:
     """`time`: rows before time `cut` are training and support, rows from it on (and before `until`) the test."""
+    if until is not None and until <= cut:
+        raise ConfigError(f"A time split's test ends at {until}, which is not after its cut at {cut}.")
     among = torch.ones(len(data), dtype=torch.bool) if among is None else among
     train = among & (data.time < cut)
     test = among & (data.time >= cut)

@@ -1,0 +1,35 @@
+"""Random masks that stay the same through all inner steps.
+
+Dropout in a meta block or a global block draws its masks once per batch: every inner step, and the forward pass behind the
+last one, sees the same thinned network. So the inner loop descends one function, not a new one each step, and Newton's
+damping compares like with like. In evaluation mode nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SharedMasks"]
+
+
+class SharedMasks:
+    """Whatever is drawn inside `with masks.drawn(like):` is the same each time. The seed comes from torch's generator."""
+
+    def __init__(self, block: nn.Module) -> None:
+        training = any(module.training for module in block.modules())
+        self.seed = int(torch.randint(2**62, ())) if training else None
+
+    @contextmanager
+    def drawn(self, like: Tensor) -> Iterator[None]:
+        """`like`: a tensor on the device where the block runs."""
+        if self.seed is None:
+            yield
+            return
+        devices = [like.device] if like.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.seed)
+            yield
