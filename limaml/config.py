@@ -31,7 +31,7 @@ class ModelConfig(_Frozen):
     hidden: tuple[int, ...] = Field(default=(64, 32), min_length=1, description="Hidden layers of the global block.")
     factors: int = Field(default=16, ge=1, description="Width of the bilinear term (interaction).")
     cross_layers: int = Field(default=2, ge=0, description="Cross layers (cross).")
-    dropout: float = Field(default=0.1, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     dim: int = Field(default=16, ge=1, description="Size of the meta embedding.")
     meta_hidden: tuple[int, ...] = Field(default=(32,), description="Hidden layers of the meta block.")
     meta_embedding_dim: int = Field(default=8, ge=1, description="Width of each task feature's embedding.")
@@ -93,22 +93,25 @@ class Config(_Frozen):
 
     def of_method(self, method: str) -> Config:
         """This config with the overrides of one method applied."""
-        values = self.model_dump()
+        values = self.model_dump(exclude_unset=True)
         for section, changes in self.methods.get(method, {}).items():
             if section not in ("model", "adapt", "train"):
                 raise ConfigError(
                     f"methods.{method}.{section} is no section; a method may override model, adapt and train."
                 )
-            values[section] = {**values[section], **changes}
-        return parse_config(values)
+            values[section] = {**values.get(section, {}), **changes}
+        return parse_config({**values, "methods": {}})
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """A mapping → `Config`, or a `ConfigError` that lists every problem."""
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(problem) for problem in error.errors())) from error
+    for method in config.methods:
+        config.of_method(method)  # its overrides are checked here, not when its turn comes
+    return config
 
 
 def _sentence(problem: Any) -> str:

@@ -15,7 +15,7 @@ from limaml.config import TrainConfig
 from limaml.meta.losses import Losses
 from limaml.meta.support import take
 from limaml.tasks import Split
-from limaml.types import Interactions, embedding_name
+from limaml.types import Features, Interactions, embedding_name
 
 __all__ = ["PlainLearner", "PlainModel"]
 
@@ -45,7 +45,7 @@ class PlainModel(nn.Module):
 
     def logits(self, data: Interactions, rows: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         """Logits `[n, heads]` of the rows `[n]`. `known` maps a task type to a mask `[entries]` of trained ids."""
-        features = {}
+        features: Features = {}
         for side, table in data.sides.items():
             features |= take(table, data.index[side][rows])
         shift: Tensor | float = 0.0

@@ -246,7 +246,7 @@ def compare(
     settings = config.compare
     check_methods(settings.methods)
     kept = next((m for m in ("limaml_newton", *settings.methods) if m in settings.methods and "limaml" in m), None)
-    text, plan = config.model_dump_json(), schema.model_dump_json()
+    text, plan = config.model_dump_json(exclude_unset=True), schema.model_dump_json()
     searches = [Job(protocol, method, 0) for protocol in settings.protocols for method in settings.methods]
     # The slow ones first, so that no worker waits for the last.
     searches.sort(key=lambda job: not job.method.startswith("limaml"))

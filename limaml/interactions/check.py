@@ -133,7 +133,7 @@ def clean(
     column equal rows may be repeated attempts: they stay. Rows without any label, task key or time go only if asked.
     """
     named = {column for task in schema.tasks for column in task.columns} | {label.column for label in schema.labels}
-    named |= {schema.time} - {None}
+    named |= {schema.time} if schema.time is not None else set()
     if absent := [finding for finding in _missing_columns(frame, schema) if finding.column in named]:
         CheckReport(tuple(absent), ()).raise_if_bad()
     dropped: dict[str, int] = {}

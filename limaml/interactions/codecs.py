@@ -64,7 +64,8 @@ class Vocabulary:
 
     @cached_property
     def _ids(self) -> dict[int | float | str, int]:
-        return {value: RESERVED + i for i, value in enumerate(self.values)}
+        known: list[int | float | str] = list(self.values)
+        return {value: RESERVED + i for i, value in enumerate(known)}
 
     def ids(self, values: pl.Series) -> Codes:
         """Id `[n]` of each scalar; null and NaN are 0."""
@@ -131,7 +132,8 @@ class Scaling:
         scaled[absent] = 0.0
         if self.indicator:
             scaled = np.concatenate([scaled, absent.any(axis=1, keepdims=True)], axis=1)
-        return scaled.astype(np.float32)
+        single: NDArray[np.float32] = scaled.astype(np.float32)
+        return single
 
     def to_json(self) -> dict[str, object]:
         return {

@@ -127,7 +127,7 @@ def _of_parts(known: pl.Series, distinct: int, separator: str) -> Chosen | None:
 
 def _length(lengths: pl.Series) -> int:
     """Long enough for all where that is short, else for all but one in a hundred, at most `MAX_LENGTH`."""
-    longest = int(lengths.max() or 1)  # type: ignore[call-overload]
+    longest: int = max([1, *lengths.drop_nulls().cast(pl.Int64).unique().to_list()])
     if longest <= 16:
         return max(longest, 1)
     return int(min(max(float(lengths.quantile(0.99, "higher") or 1), 16), MAX_LENGTH))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
 
-__all__ = ["adapted_parameters", "frozen_modules", "layer_of", "structure_of"]
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from limaml.types import Features
+
+__all__ = ["adapted_parameters", "call_with", "frozen_modules", "layer_of", "places_of", "structure_of"]
 
 
 def frozen_modules(block: nn.Module) -> list[str]:
@@ -21,6 +26,27 @@ def adapted_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
         for parameter in module.parameters(recurse=False)
     }
     return {name: p for name, p in block.named_parameters() if id(p) not in frozen and p.requires_grad}
+
+
+def places_of(block: nn.Module) -> dict[str, list[str]]:
+    """Name of each adapted parameter → the names of all the places where it sits (several, if weights are tied)."""
+    names = {id(parameter): name for name, parameter in adapted_parameters(block).items()}
+    places: dict[str, list[str]] = {name: [] for name in names.values()}
+    for prefix, module in block.named_modules():  # each module once, also where it has two names
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in names:
+                places[names[id(parameter)]].append(f"{prefix}.{name}" if prefix else name)
+    return places
+
+
+def call_with(block: nn.Module, places: Mapping[str, list[str]], weights: Mapping[str, Tensor], x: Features) -> Tensor:
+    """`block(x)` with `weights` in the place of its own parameters of these names.
+
+    `functional_call` would find tied weights itself, but leaves a module that has two names with the wrong weights.
+    """
+    spread = {place: weight for name, weight in weights.items() for place in places[name]}
+    z: Tensor = functional_call(block, spread, (x,), tie_weights=False)
+    return z
 
 
 def layer_of(parameter: str) -> str:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from limaml.meta.adapted import adapted_parameters, layer_of
+from limaml.meta.adapted import adapted_parameters, call_with, layer_of, places_of
 from limaml.meta.engine import Objective, Rate
 from limaml.meta.masks import SharedMasks
 from limaml.meta.support import Support
@@ -25,7 +24,7 @@ class Loop:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.adapted = adapted_parameters(block)
+        self.adapted, self.places = adapted_parameters(block), places_of(block)
 
     def adapt(
         self,
@@ -50,7 +49,7 @@ class Loop:
                     if not outer:
                         weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
                     with masks.drawn(next(iter(own.values()))):
-                        z = functional_call(self.block, weights, (own,), tie_weights=True)
+                        z = call_with(self.block, self.places, weights, own)
                     slopes = torch.autograd.grad(
                         objective(rows, z).sum(),
                         list(weights.values()),
@@ -62,6 +61,6 @@ class Loop:
                     for (name, w), g in zip(weights.items(), slopes, strict=True)
                 }
             with masks.drawn(next(iter(own.values()))):
-                adapted.append(functional_call(self.block, weights, (own,), tie_weights=True))
+                adapted.append(call_with(self.block, self.places, weights, own))
         z = torch.cat(adapted)
         return z if outer else z.detach()

@@ -19,9 +19,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
-from limaml.meta.adapted import adapted_parameters, layer_of
+from limaml.meta.adapted import adapted_parameters, call_with, layer_of, places_of
 from limaml.meta.engine import Objective, Rate
 from limaml.meta.masks import SharedMasks
 from limaml.meta.proof import FAILURES, Unsupported, first_line, noisy_copies
@@ -85,7 +85,7 @@ class LowRank:
 
     def _read(self, block: nn.Module) -> None:
         self.block = block
-        self.adapted = adapted_parameters(block)
+        self.adapted, self.places = adapted_parameters(block), places_of(block)
         self.linear, self.norm, self.by_task = {}, {}, True
         self._classify()
 
@@ -303,7 +303,7 @@ class LowRank:
             own = _Deltas(batch(x), batch(g), batch(scale), batch(shift))
             weights = {name: self.adapted[name] + delta[name] for name in delta}
             with self._hooks(own, calls, probe):
-                z = functional_call(self.block, weights, (batch(feature),), tie_weights=True)
+                z = call_with(self.block, self.places, weights, batch(feature))
             layers[:] = [call.layer for call in calls]
             return z.squeeze(0), [call.input for call in calls]
 

@@ -62,6 +62,7 @@ class Learner(Protocol[Batch]):
     """Something that can be trained: its batches and their loss."""
 
     module: nn.Module
+    weight: float  # of all training rows: what a prior on the weights is measured against
 
     def batches(self, generator: torch.Generator) -> list[Batch]:
         """The batches of one epoch, in an order drawn from `generator`."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
-from limaml.meta.adapted import adapted_parameters, layer_of
+from limaml.meta.adapted import adapted_parameters, call_with, layer_of, places_of
 from limaml.meta.engine import Objective, Rate
 from limaml.meta.masks import SharedMasks
 from limaml.meta.support import Support
@@ -25,13 +25,12 @@ class Vmap:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.adapted = adapted_parameters(block)
+        self.adapted, self.places = adapted_parameters(block), places_of(block)
 
     def _forward(self, weights: dict[str, Tensor], features: Features) -> Tensor:
         def one(own: dict[str, Tensor], feature: Features) -> Tensor:
             batch = {name: value.unsqueeze(0) for name, value in feature.items()}
-            z: Tensor = functional_call(self.block, own, (batch,), tie_weights=True)
-            return z.squeeze(0)
+            return call_with(self.block, self.places, own, batch).squeeze(0)
 
         z: Tensor = vmap(one, randomness="different")(weights, features)
         return z
