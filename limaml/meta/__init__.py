@@ -9,6 +9,7 @@ from limaml.meta.model import MetaModel
 from limaml.meta.newton import NewtonSolver
 from limaml.meta.outer import Epoch, History, Learner, Progress, fit
 from limaml.meta.saved import TrainedModel, load_model, save_model
+from limaml.meta.train import Training, train
 
 __all__ = [
     "CONSTANT",
@@ -26,9 +27,11 @@ __all__ = [
     "NewtonSolver",
     "Progress",
     "TrainedModel",
+    "Training",
     "build_global_block",
     "build_meta_model",
     "fit",
     "load_model",
     "save_model",
+    "train",
 ]
