@@ -1,0 +1,382 @@
+"""What every engine must do, as functions that a test of a new engine can call.
+
+`random_block` builds meta blocks out of what people put into them; `random_data` builds interactions with heavy-tailed
+support sizes; `outcome` gives the meta embeddings and the meta-gradient of one engine; `assert_equal` compares two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from limaml.config import Adaptation
+from limaml.meta.blocks import CONSTANT, CrossNetwork, InteractionMLP, MetaMLP
+from limaml.meta.model import MetaModel
+from limaml.meta.support import Support
+from limaml.tasks import TaskRows
+from limaml.types import FeatureKind, Features, FeatureSpec, Interactions, embedding_name
+
+WIDTH, DIM, LENGTH, ITEMS = 6, 3, 3, 5
+
+USER = (FeatureSpec("c", FeatureKind.CATEGORICAL, "user", 4),)
+ITEM = (FeatureSpec("ic", FeatureKind.CATEGORICAL, "item", 6), FeatureSpec("it", FeatureKind.TOKENS, "item", 5, 3))
+ROW_ = (FeatureSpec("r", FeatureKind.NUMERIC, "row", 1),)
+
+
+# ---- pieces of a meta block: each maps (…, WIDTH) to (…, WIDTH) ----------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4), nn.SiLU(), nn.Linear(4, WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.inner(h)
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate(h)) * self.value(input=h)  # by keyword: hooks must see it
+
+
+class CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(self.layer(torch.tanh(self.norm(self.layer(h)))))
+
+
+class SharedModule(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = self.first
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(h)))
+
+
+class Tied(nn.Module):
+    """Two modules, one weight; and the weight used a third time behind their backs, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.second.weight = self.first.weight
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(h)))) @ self.first.weight
+
+
+class ReadBehindItsBack(nn.Module):
+    """A Linear that is called, and whose weight is read as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layer(h) + 0.3 * nn.functional.linear(torch.sin(h), self.layer.weight)
+
+
+class Free(nn.Module):
+    """Free parameters: a scale and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.scale * h + self.shift
+
+
+class OwnLinear(nn.Linear):
+    """A subclass that does something else than its parent."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(torch.cos(input))
+
+
+class HalfFrozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_only, self.frozen = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.weight_only.bias.requires_grad_(False)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.frozen(torch.tanh(self.weight_only(h)))
+
+
+def _batch_norm() -> nn.Module:
+    norm = nn.BatchNorm1d(WIDTH)
+    norm.running_mean = torch.linspace(-1, 1, WIDTH)
+    norm.running_var = torch.linspace(0.5, 2, WIDTH)
+    return norm.eval()
+
+
+PIECES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "linear without bias": lambda: nn.Linear(WIDTH, WIDTH, bias=False),
+    "layer norm": lambda: nn.LayerNorm(WIDTH),
+    "layer norm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
+    "layer norm without parameters": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
+    "rms norm": lambda: nn.RMSNorm(WIDTH),
+    "rms norm without parameters": lambda: nn.RMSNorm(WIDTH, elementwise_affine=False),
+    "residual": Residual,
+    "gate": Gate,
+    "called twice": CalledTwice,
+    "shared module": SharedModule,
+    "tied": Tied,
+    "read behind its back": ReadBehindItsBack,
+    "free": Free,
+    "subclass": lambda: OwnLinear(WIDTH, WIDTH),
+    "half frozen": HalfFrozen,
+    "prelu": lambda: nn.PReLU(WIDTH),
+    "in place": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(inplace=True), nn.Linear(WIDTH, WIDTH)),
+    "batch norm": _batch_norm,
+    "dropout off": lambda: nn.Dropout(0.0),
+}
+
+
+# ---- what turns a task's features into (tasks, WIDTH) --------------------------------------------------------------------
+
+
+class OwnAttention(nn.Module):
+    """Self-attention with its own query, key and value layers; `(n, length, WIDTH)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
+
+
+class Multihead(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=batch_first)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h if self.batch_first else h.transpose(0, 1)
+        h = self.attention(h, h, h, need_weights=False)[0]
+        return h if self.batch_first else h.transpose(0, 1)
+
+
+class LengthFirst(nn.Module):
+    """Layers that are called on `(length, tasks, WIDTH)`: the tasks are not in the first dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.LayerNorm(WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layers(h.transpose(0, 1)).transpose(0, 1)
+
+
+SEQUENCES: dict[str, Callable[[], nn.Module]] = {
+    "layers": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.SiLU()),
+    "norm of two dimensions": lambda: nn.LayerNorm((LENGTH, WIDTH)),
+    "own attention": OwnAttention,
+    "multihead": lambda: Multihead(True),
+    "multihead, length first": lambda: Multihead(False),
+    "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
+    "length first": LengthFirst,
+}
+
+
+class Block(nn.Module):
+    """Inputs → pieces → meta embedding."""
+
+    def __init__(self, pieces: Sequence[str], sequence: str | None, tokens: bool, initial: bool) -> None:
+        super().__init__()
+        self.dim = DIM
+        self.category = nn.Embedding(4, 2)
+        self.tokens = nn.Embedding(7, 2, padding_idx=0) if tokens else None
+        self.start = nn.Linear(4 + 1 + 2 + 2 * tokens, WIDTH)
+        self.initial = nn.Parameter(torch.linspace(-0.5, 0.5, WIDTH)) if initial else None
+        self.sequence = SEQUENCES[sequence]() if sequence is not None else None
+        self.pieces = nn.Sequential(*(PIECES[name]() for name in pieces))
+        self.out = nn.Linear(WIDTH, DIM)
+
+    def forward(self, features: Features) -> Tensor:
+        x = [features["x"], features[CONSTANT], self.category(features["c"])]
+        if self.tokens is not None:
+            x.append(self.tokens(features["t"]).sum(1))
+        h = self.start(torch.cat(x, -1))
+        if self.initial is not None:
+            h = h + torch.tanh(self.start.weight.sum() * 0 + self.initial)
+        if self.sequence is not None:
+            h = h + self.sequence(features["seq"] + h.unsqueeze(1)).mean(1)
+        z: Tensor = self.out(torch.tanh(self.pieces(h)))
+        return z
+
+
+class PlainGlobal(nn.Module):
+    """An existing model that reads one more feature, and is not cut."""
+
+    def __init__(self, embeddings: Sequence[str], heads: int) -> None:
+        super().__init__()
+        self.names = [f"{name}_embedding" for name in embeddings]
+        self.item = nn.Embedding(6, 4)
+        self.net = nn.Sequential(nn.Linear(4 + 1 + DIM * len(self.names), 8), nn.Tanh(), nn.Linear(8, heads))
+
+    def forward(self, features: Features) -> Tensor:
+        x = [self.item(features["ic"]), features["r"], *(features[name] for name in self.names)]
+        logits: Tensor = self.net(torch.cat(x, -1))
+        return logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything an engine's answer may depend on."""
+
+    pieces: Sequence[str] = ("linear",)
+    sequence: str | None = None
+    tokens: bool = False
+    initial: bool = False
+    sizes: Sequence[int] = (3, 0, 1, 5)
+    losses: Sequence[str] = ("binary",)
+    global_block: str = "interaction"
+    types: Sequence[str] = ("user",)
+    order: int = 2
+    steps: int = 2
+    learn_rate: str = "layer_step"
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+    missing: bool = False  # labels
+    weightless: bool = False  # some rows
+    adaptation: dict[str, object] = field(default_factory=dict)
+
+
+def random_data(case: Case) -> Interactions:
+    generator = torch.Generator().manual_seed(case.seed)
+    rows = sum(case.sizes)
+    user = torch.repeat_interleave(torch.arange(len(case.sizes)), torch.tensor(case.sizes))
+    order = torch.randperm(rows, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def ids(size: int, *shape: int) -> Tensor:
+        return torch.randint(0, size, shape, generator=generator)
+
+    tasks, heads = len(case.sizes), len(case.losses)
+    labels = torch.stack(
+        [ids(2, rows).float() if kind == "binary" else normal(rows) for kind in case.losses], 1
+    ).reshape(rows, heads)
+    if case.missing:
+        labels[torch.rand(rows, heads, generator=generator) < 0.3] = torch.nan
+    weights = torch.rand(rows, generator=generator) + 0.5
+    if case.weightless:
+        weights[torch.rand(rows, generator=generator) < 0.4] = 0.0
+    user_side: Features = {"x": normal(tasks, 4), "c": ids(4, tasks), "t": ids(7, tasks, 3)}
+    user_side["seq"] = normal(tasks, LENGTH, WIDTH)
+    return Interactions(
+        sides={
+            "user": user_side,
+            "item": {"ic": ids(6, ITEMS), "it": ids(5, ITEMS, 3)},
+            "row": {"r": normal(rows, 1)},
+        },
+        index={"user": user[order], "item": ids(ITEMS, rows), "row": torch.arange(rows)},
+        ids={"user": [f"u{i}" for i in range(tasks)], "item": [f"i{i}" for i in range(ITEMS)]},
+        labels=labels,
+        weights=weights,
+        time=torch.arange(rows),
+        offset=0.2 * normal(rows),
+    )
+
+
+def model_of(case: Case, engine: str) -> MetaModel:
+    torch.manual_seed(case.seed)
+    blocks: dict[str, nn.Module] = {"user": Block(case.pieces, case.sequence, case.tokens, case.initial)}
+    if "item" in case.types:
+        blocks["item"] = MetaMLP(ITEM, DIM, hidden=(4,))
+    heads, embeddings = len(case.losses), {embedding_name(name): DIM for name in case.types}
+    features = (*USER, *ITEM, *ROW_)
+    if case.global_block == "interaction":
+        shared: nn.Module = InteractionMLP(features, embeddings, heads=heads, embedding_dim=3, hidden=(5, 4), factors=2)
+    elif case.global_block == "cross":
+        shared = CrossNetwork(features, embeddings, heads=heads, embedding_dim=2, layers=2, hidden=(4,))
+    else:
+        shared = PlainGlobal(case.types, heads)
+    settings = Adaptation.model_validate(
+        {
+            "solver": "gradient",
+            "steps": case.steps,
+            "order": case.order,
+            "rate": 0.7,
+            "learn_rate": case.learn_rate,
+            "prior_count": 1.5,
+            "engine": engine,
+            **case.adaptation,
+        }
+    )
+    model = MetaModel(shared, blocks, losses=case.losses, adaptation=settings).to(case.dtype)
+    with torch.no_grad():  # so that nothing is zero that need not be
+        noise = torch.Generator().manual_seed(case.seed + 1)
+        for name, parameter in model.named_parameters():
+            if "log_" not in name:
+                parameter.add_(0.15 * torch.randn(parameter.shape, generator=noise))
+            elif parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=noise))
+    return model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    engine: str
+    z: Tensor
+    gradients: dict[str, Tensor]
+
+
+def outcome(case: Case, engine: str, task: str = "user") -> Outcome:
+    """Meta embeddings adapted on the first half of each task's rows, and the gradient of the loss on all of them."""
+    model, data = model_of(case, engine), random_data(case)
+    tasks = torch.arange(data.count(task))
+    grouped = TaskRows.of(data.index[task], len(tasks))
+    first = TaskRows.of(data.index[task], len(tasks), torch.arange(len(data)) % 2 == 0)
+    z = model.adapt(data, task, tasks, first.of_tasks(tasks))
+    query = Support(
+        model.global_block, model.losses, data, task, tasks, grouped.of_tasks(tasks), model.held_cold(data, task)
+    )
+    loss = query.loss(z).sum() + (z * torch.linspace(-1, 1, DIM)).sum()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    dense = {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), gradients, strict=True)
+    }
+    return Outcome(engine, z.detach(), dense)
+
+
+def assert_equal(one: Outcome, other: Outcome, tolerance: float) -> None:
+    """Equal to `tolerance`, relative to the largest entry of each tensor (or a thousandth of the largest of all)."""
+    pairs = {"meta embeddings": (one.z, other.z)}
+    pairs |= {name: (one.gradients[name], other.gradients[name]) for name in one.gradients}
+    largest = max(float(a.abs().max()) for a, _ in pairs.values() if a.numel())
+    assert largest > 0
+    for name, (a, b) in pairs.items():
+        size = (float(a.abs().max()) if a.numel() else 0.0) + 1e-3 * largest
+        error = float((a - b).abs().max()) if a.numel() else 0.0
+        assert error <= tolerance * size, f"{name}: {one.engine} and {other.engine} differ by {error / size:.1e} of it"
+
+
+def conforms(case: Case, engine: str, oracle: Outcome | None = None, task: str = "user") -> None:
+    """The engine's answer to `case` is that of the `loop` engine."""
+    oracle = outcome(case, "loop", task) if oracle is None else oracle
+    assert_equal(oracle, outcome(case, engine, task), 1e-9 if case.dtype == torch.float64 else 5e-3)

@@ -1,0 +1,430 @@
+"""The embedded store: the conformance suite, and what only LMDB has: a map that fills, a file, processes, forks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+
+import limaml
+import limaml.store
+from limaml.errors import StoreError
+from limaml.store import LmdbStore, Store, open_store
+from limaml.store.environment import _open
+
+from .conformance import StoreConformance, column, fill, release, values
+
+
+class TestLmdb(StoreConformance):
+    @pytest.fixture
+    def open_empty(self, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Store]:
+        # a tiny map and buffer, so that the whole suite grows the one and flushes the other
+        path = tmp_path_factory.mktemp("lmdb") / "store"
+        return lambda: LmdbStore(path, map_size=2**16, buffer_bytes=2000)
+
+    @pytest.fixture(autouse=True)
+    def everything_is_given_back(self) -> None:
+        assert _open == {}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+# The store alone, without what `import limaml` brings: processes start in a fraction of the time.
+ALONE = f"""
+import sys, types
+sys.modules["limaml"] = types.ModuleType("limaml")
+sys.modules["limaml"].__path__ = [{str(Path(limaml.__file__).parent)!r}]
+"""
+
+
+def start(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", ALONE + code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+
+
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", ALONE + code, *map(str, arguments)]
+    return subprocess.run(command, text=True, capture_output=True, timeout=60)
+
+
+# ------------------------------------------------------------------------------------------------------ addresses
+
+
+def test_addresses(tmp_path: Path) -> None:
+    spaced = tmp_path / "a store"
+    open_store(spaced).close()
+    with open_store(f"lmdb://{tmp_path}/a%20store", create=False) as store:
+        assert isinstance(store, LmdbStore)
+        assert store.path == spaced
+    with pytest.raises(StoreError, match=r"scheme 'memcached://', which no store has; known are a path and lmdb://"):
+        open_store("memcached://localhost")
+    with pytest.raises(StoreError, match="There is no store at"):
+        open_store(tmp_path / "none", create=False)
+    for empty in ("", "lmdb://"):
+        with pytest.raises(StoreError, match="lmdb:///path"):
+            open_store(empty)
+    with pytest.raises(StoreError, match=r"behind '\?'"):
+        open_store("lmdb:///x?y=1")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(StoreError, match="is not a store"):
+        open_store(tmp_path)
+    with pytest.raises(StoreError, match="is not a store"):
+        open_store(tmp_path / "thesis.txt")
+    other = tmp_path / "other"
+    with lmdb.open(str(other)) as environment, environment.begin(write=True) as txn:
+        txn.put(b"k", b"v")
+    with pytest.raises(StoreError, match="of another program"):
+        open_store(other)
+    with lmdb.open(str(other)) as environment, environment.begin() as txn:
+        assert txn.stat()["entries"] == 1
+
+
+def test_an_unknown_layout_is_refused(path: Path) -> None:
+    open_store(path).close()
+    with raw(path) as environment, environment.begin(write=True, db=environment.open_db(b"catalog")) as txn:
+        txn.put(b"layout", b'{"layout": 99, "next": 1}')
+    with pytest.raises(StoreError, match="layout 99"):
+        open_store(path)
+    assert _open == {}
+
+
+# ------------------------------------------------------------------------------------------------ damage and growth
+
+
+def raw(path: Path) -> lmdb.Environment:
+    return lmdb.open(str(path), max_dbs=4, map_size=2**28)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "swap", "extend", "lose"])
+def test_a_damaged_value_is_named(path: Path, damage: str) -> None:
+    with open_store(path) as store:
+        release(store, 1.0, ["ann", "bob", "cy"])
+    with raw(path) as environment, environment.begin(write=True, db=environment.open_db(b"embeddings")) as txn:
+        keys = [key for key, _ in txn.cursor()]
+        bob = txn.get(keys[1])
+        changed = {
+            "cut": bob[:-5],
+            "flip": bob[:22] + bytes([bob[22] ^ 4]) + bob[23:],
+            "swap": txn.get(keys[0]),
+            "extend": bob + b"x",
+        }
+        if damage == "lose":
+            txn.delete(keys[1])
+        else:
+            txn.put(keys[1], changed[damage])
+    with open_store(path) as store:
+        assert values(store.get("m", "member", ["ann", "cy"])) == [1.0, 1.0]
+        if damage == "lose":
+            with pytest.raises(StoreError, match=r"has 2 embeddings .* where 3 with"):
+                store.verify("m")
+            return
+        for call in (
+            lambda: store.get("m", "member", ["ann", "bob"]),
+            lambda: store.verify("m"),
+            lambda: store.upsert(
+                "m", store.describe("m").id, "member", ["bob"], np.ones((1, 3)), column(1, 9), column(1)
+            ),
+        ):
+            with pytest.raises(StoreError, match=r"member 'bob' in version v.* is damaged"):
+                call()
+
+
+def test_damage_before_the_flip_stops_the_flip(path: Path) -> None:
+    with open_store(path, buffer_bytes=1) as store:
+        old = release(store, 1.0).version
+        with store.publish("m", dims={"member": 3}) as publication:
+            fill(publication, ["a", "b"], 2.0)
+            environment = store.environment  # type: ignore[attr-defined]
+            number = int(publication.version[1:7])
+
+            def lose(txn: lmdb.Transaction) -> None:
+                assert txn.delete(struct.pack(">IH", number, 0) + b"\x00b", db=environment.values)
+
+            environment.write(lose)
+            with pytest.raises(StoreError, match="has 1 embeddings"):
+                publication.commit()
+        assert store.current("m") == old
+
+
+def test_the_map_grows_in_every_writing_step(path: Path) -> None:
+    n = 3000
+    ids = [f"t{number}" for number in range(n)]
+    with LmdbStore(path, map_size=2**16) as store:
+        with store.publish("m", dims={"member": 64}) as publication:
+            publication.put("member", ids, np.ones((n, 64)), column(n), column(n))
+            publication.commit(expected={"member": n})
+        more = [f"u{number}" for number in range(n)]
+        result = store.upsert("m", store.describe("m").id, "member", more, np.ones((n, 64)), column(n), column(n))
+        assert result.applied == n
+        assert store.verify("m") == {"member": 2 * n}
+        assert store.environment.read(lambda txn: store.environment._env.info()["map_size"]) > 2**20
+
+
+def test_another_process_grows_the_map(path: Path) -> None:
+    code = """
+import sys, numpy as np
+from limaml.store import LmdbStore
+n = 3000
+with LmdbStore(sys.argv[1]) as store, store.publish("m", dims={"member": 64}) as publication:
+    publication.put("member", [f"t{i}" for i in range(n)], np.ones((n, 64)), np.ones(n, int), np.ones(n, int))
+    publication.commit()
+"""
+    with LmdbStore(path, map_size=2**16) as store, store.publish("other", dims={"member": 3}) as publication:
+        fill(publication, ["a"], 1.0)
+        publication.commit()
+        assert run(code, path).returncode == 0
+        assert values(store.get("m", "member", ["t2999"])) == [1.0]
+        assert release(store, 2.0, model="third").counts == {"member": 3}
+
+
+def test_a_full_disk_leaves_what_was_served(path: Path) -> None:
+    code = """
+import resource, sys, numpy as np
+from limaml.store import LmdbStore
+from limaml.errors import StoreError
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+with LmdbStore(sys.argv[1], buffer_bytes=50_000) as store:
+    try:
+        with store.publish("m", dims={"member": 64}) as publication:
+            for start in range(0, 9000, 100):
+                ids = [f"t{i}" for i in range(start, start + 100)]
+                publication.put("member", ids, np.ones((100, 64)), np.ones(100, int), np.ones(100, int))
+            publication.commit()
+    except StoreError as error:
+        print(error)
+    assert store.get("m", "member", ["a"]).vectors[0, 0] == 1.0
+"""
+    with open_store(path) as store:
+        old = release(store, 1.0).version
+    done = run(code, path)
+    assert done.returncode == 0, done.stderr
+    assert "is full" in done.stdout
+    with open_store(path) as store:
+        assert store.current("m") == old
+        assert store.verify("m") == {"member": 3}
+        release(store, 2.0)
+        assert values(store.get("m", "member", ["a"])) == [2.0]
+        assert len(store.versions("m")) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+PUBLISHER = """
+import sys, numpy as np
+from limaml.store import LmdbStore
+n = 1500
+ids = [f"t{i:05d}" for i in range(n)]
+one = np.ones(n, np.int64)
+with LmdbStore(sys.argv[1], map_size=2**18, buffer_bytes=40_000) as store:
+    print("begun", flush=True)
+    seed = int(sys.argv[2])
+    while True:
+        with store.publish("m", dims={"member": 8, "item": 4}, extra={"seed": seed}) as publication:
+            for start in range(0, n, 300):
+                part = slice(start, start + 300)
+                publication.put("member", ids[part], np.full((300, 8), seed), one[part], one[part])
+                publication.put("item", ids[part], np.full((300, 4), -seed), one[part], one[part])
+            publication.put_cold("member", np.full(8, seed))
+            print(publication.commit().version, flush=True)
+        store.expire("m", keep=2)
+        seed += 1
+"""
+
+
+def check_file(path: Path, n: int = 1500) -> tuple[str, int]:
+    """An independent reading of the file, by its documented bytes alone: the current version and its seed."""
+    with raw(path) as environment:
+        catalog, embeddings = environment.open_db(b"catalog"), environment.open_db(b"embeddings")
+        with environment.begin() as txn:
+            version = txn.get(b"current/m", db=catalog).decode()
+            record = json.loads(txn.get(f"record/m/{version}".encode(), db=catalog))
+            assert record["state"] == "ready"
+            seed = record["extra"]["seed"]
+            found = {0: 0, 1: 0}
+            for key, value in txn.cursor(embeddings):
+                number, place = struct.unpack(">IH", key[:6])
+                if number != record["number"]:
+                    continue
+                kind, dtype, dim, count, event_time, scale = struct.unpack("<BBHIqf", value[:20])
+                assert (kind, dtype, dim, scale) == (1, 0, (8, 4)[place], 1.0)
+                numbers = struct.unpack(f"<{dim}f", value[20:-4])
+                assert set(numbers) == {(seed, -seed)[place]}
+                assert struct.unpack("<I", value[-4:])[0] == zlib.crc32(key + value[:-4])
+                if key[6:] == b"\x02":
+                    continue
+                assert (count, event_time) == (1, 1)
+                assert key[6:] == b"\x00" + b"t%05d" % found[place]
+                found[place] += 1
+            assert found == {0: n, 1: n}
+            return version, seed
+
+
+def test_kill_9_of_a_publisher_leaves_a_whole_version(path: Path) -> None:
+    choose = random.Random(5)
+    seed, last = 0, ""
+    for attempt in range(10):
+        publisher = start(PUBLISHER, path, seed)
+        assert publisher.stdout is not None
+        publisher.stdout.readline()
+        if attempt == 0:
+            last = publisher.stdout.readline().strip()
+        time.sleep(choose.random() * 0.12)
+        os.kill(publisher.pid, signal.SIGKILL)
+        confirmed = [line.strip() for line in publisher.stdout if line.endswith("\n")]
+        publisher.wait()
+        publisher.stdout.close()
+        version, seed = check_file(path)
+        assert version >= max([last, *confirmed])  # what was said to be published is, or something newer
+        last, seed = version, seed + 1
+    with open_store(path) as store:
+        store.gc()
+        store.expire("m", keep=1)
+        assert [each.id for each in store.versions("m")] == [last]
+        assert store.verify("m") == {"member": 1500, "item": 1500}
+        assert store.size().keys == 3001  # nothing is left of all that were killed
+        release(store, 1.0)
+
+
+def test_of_two_publishing_processes_one_wins_and_the_other_says_so(path: Path) -> None:
+    code = """
+import sys, time, numpy as np
+from limaml.store import LmdbStore
+from limaml.errors import StoreError
+with LmdbStore(sys.argv[1]) as store:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        with store.publish("m", dims={"member": 3}) as publication:
+            time.sleep(0.5)
+            publication.put("member", ["a"], np.ones((1, 3)), np.ones(1, int), np.ones(1, int))
+            publication.commit()
+            print("won")
+    except StoreError as error:
+        print(error)
+"""
+    open_store(path).close()
+    both = [start(code, path, stdin=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = sorted(process.communicate(timeout=60)[0] for process in both)
+    assert said[1] == "won\n"
+    assert "Another publisher of model 'm' is at work (process " in said[0]
+    with open_store(path) as store:
+        assert len(store.versions("m")) == 1
+
+
+def test_a_reader_in_another_process_holds_its_version_until_it_dies(path: Path) -> None:
+    code = """
+import sys
+from limaml.store import LmdbStore
+with LmdbStore(sys.argv[1]) as store, store.read("m") as reader:
+    print("open", flush=True)
+    sys.stdin.readline()
+"""
+    with open_store(path) as store:
+        old = release(store, 1.0).version
+        process = start(code, path, stdin=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        release(store, 2.0)
+        assert store.expire("m", keep=1).held == (old,)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert store.expire("m", keep=1).removed == (old,)
+
+
+def test_readers_in_other_processes_never_see_a_mix(path: Path) -> None:
+    code = """
+import sys, time
+from limaml.store import LmdbStore
+ids = [f"t{i}" for i in range(60)]
+reads = 0
+with LmdbStore(sys.argv[1], map_size=2**16) as store:
+    print("open", flush=True)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        found = store.get("m", "member", ids)
+        assert found.found.all() and len(set(found.vectors.ravel().tolist())) == 1, found
+        assert int(found.version[1:7]) == found.vectors[0, 0], found
+        reads += 1
+print(reads)
+"""
+    ids = [f"t{number}" for number in range(60)]
+    with LmdbStore(path, map_size=2**16) as store:
+        release(store, 1.0, ids)
+        process = start(code, path)
+        assert process.stdout is not None
+        process.stdout.readline()
+        number = 1
+        while process.poll() is None:
+            number += 1
+            release(store, float(number), ids)
+            store.expire("m", keep=1)
+        assert process.returncode == 0
+        assert int(process.stdout.read()) > 100
+        process.stdout.close()
+        assert number > 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_both_sides_of_a_fork_go_on(path: Path) -> None:
+    with LmdbStore(path, map_size=2**16) as store:
+        release(store, 1.0)
+        with store.read("m") as reader, store.publish("m", dims={"member": 3}) as publication:
+            fill(publication, ["a"], 2.0)
+            child = os.fork()
+            if child == 0:
+                try:
+                    assert values(reader.get("member", ["a"])) == [1.0]
+                    assert values(store.get("m", "member", ["b"])) == [1.0]
+                    release(store, 5.0, [f"t{number}" for number in range(3000)], model="child")
+                    with pytest.raises(StoreError, match="belongs to process"):
+                        publication.commit()
+                    with pytest.raises(StoreError, match="Another publisher"):
+                        store.publish("m", dims={"member": 3})
+                    os._exit(0)
+                except BaseException as error:
+                    print(error, file=sys.stderr, flush=True)
+                    os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+            assert values(reader.get("member", ["a"])) == [1.0]
+            assert values(store.get("child", "member", ["t2999"])) == [5.0]
+            publication.commit()
+        assert values(store.get("m", "member", ["a"])) == [2.0]
+
+
+def test_the_store_needs_no_torch(path: Path) -> None:
+    code = "import sys; from limaml.store import open_store; open_store(sys.argv[1]).close(); assert 'torch' not in sys.modules"
+    assert run(code, path).returncode == 0
+
+
+def test_exports() -> None:
+    import limaml.store.contract as contract
+
+    assert {*contract.__all__, "LmdbStore", "open_store"} <= set(dir(limaml.store))
