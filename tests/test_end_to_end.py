@@ -88,6 +88,19 @@ def test_scores_from_the_store_equal_those_of_training(
             assert sorted(top["score"].to_list(), reverse=True) == top["score"].to_list()
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2e-2), ("int8", 0.3)])
+def test_smaller_embeddings_keep_features_exact(
+    training: Training, joined: limaml.interactions.Joined, tmp_path: Path, dtype: str, error: float
+) -> None:
+    trained = training.save(tmp_path / "model")
+    with limaml.open_store(tmp_path / "store") as store:
+        limaml.publish(store, "small", trained, tmp_path / "model", training.data, dtype=dtype)
+        with limaml.Predictor(store, "small") as predictor:
+            without = predictor.score(joined.frame.drop(joined.columns["user_id"]))
+            np.testing.assert_array_equal(without.logits, predictor.score(joined.frame).logits)
+            np.testing.assert_allclose(without.logits, in_training(training), atol=error)
+
+
 def test_refresh_equals_full_regeneration(
     training: Training, joined: limaml.interactions.Joined, tmp_path: Path
 ) -> None:

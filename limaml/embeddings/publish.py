@@ -73,7 +73,7 @@ def publish(
     with store.publish(
         name,
         dims=dims_of(trained),
-        dtype=dtype,
+        dtype=dict.fromkeys(model.tasks, dtype),  # task features stay float32: their ids must come back exactly
         artifact=digest,
         watermark=watermark_of(data, among),
         note=note,

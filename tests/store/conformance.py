@@ -90,7 +90,7 @@ class StoreConformance:
         described = store.describe("m")
         assert (described.id, described.state, described.note) == (published.version, "ready", "first")
         assert (described.counts, described.watermark, described.extra) == ({"member": 4}, 5, {"seed": 1})
-        assert (described.dims, described.dtype, described.cold) == ({"member": 3}, "float32", ())
+        assert (described.dims, described.dtypes, described.cold) == ({"member": 3}, {"member": "float32"}, ())
         assert described.bytes == published.bytes > 0
         assert store.verify("m") == {"member": 4}
 
@@ -156,6 +156,19 @@ class StoreConformance:
             dtype, np.abs(vectors).max(axis=1, keepdims=True) / 253
         )
         assert (np.abs(store.get("m", "member", ids).vectors - vectors) <= bound).all()
+
+    def test_each_task_type_may_have_its_own_dtype(self, store: Store) -> None:
+        exact = np.array([[123457.0, 2.0**24 - 1]])
+        dims = {"member": 2, "member.features": 2}
+        with store.publish("m", dims=dims, dtype={"member": "float16"}) as publication:
+            for task_type, given_ in (("member", exact / 1e6), ("member.features", exact)):
+                publication.put(task_type, ["a"], given_, column(1), column(1))
+            publication.commit()
+        assert store.describe("m").dtypes == {"member": "float16", "member.features": "float32"}
+        assert store.get("m", "member.features", ["a"]).vectors.tolist() == exact.tolist()
+        assert store.get("m", "member", ["a"]).vectors.tolist() == (exact / 1e6).astype(np.float16).tolist()
+        with pytest.raises(StoreError, match="dtype is given for task type 'item'"):
+            store.publish("m", dims=dims, dtype={"item": "int8"})
 
     def test_models_are_apart(self, store: Store) -> None:
         release(store, 1.0, model="one")

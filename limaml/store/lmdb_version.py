@@ -1,0 +1,181 @@
+"""One version of an LMDB store: read while a lease keeps it, or written while a lease keeps others out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from limaml.errors import StoreError
+from limaml.store.batch import Batch, Layout, check_model, decode, id_of, names_of
+from limaml.store.catalog import Record
+from limaml.store.contract import Lookup
+from limaml.store.lease import Lease
+from limaml.store.lmdb_values import key_prefix, walk
+from limaml.store.packing import COLD
+
+if TYPE_CHECKING:
+    from limaml.store.lmdb import LmdbStore
+
+__all__ = ["LmdbReader", "LmdbTarget", "catalog_key", "layouts_of", "state_of"]
+
+
+def catalog_key(kind: str, model: str, version: str) -> bytes:
+    return f"{kind}/{check_model(model)}/{version}".encode("utf-8", "surrogatepass")
+
+
+def layouts_of(record: Record) -> dict[str, Layout]:
+    return {
+        task_type: Layout(
+            record.model, record.id, task_type, dim, record.dtypes[task_type], key_prefix(record.number, place)
+        )
+        for place, (task_type, dim) in enumerate(record.dims.items())
+    }
+
+
+def state_of(record: Record) -> str:
+    return {"writing": "still being written", "ready": "ready", "removing": "being removed"}[record.state]
+
+
+class LmdbReader:
+    """The `Reader` of one version."""
+
+    def __init__(self, store: LmdbStore, record: Record, lease: Lease) -> None:
+        self._store, self._record, self._lease = store, record, lease
+        self._layouts = layouts_of(record)
+        self._ready = catalog_key("ready", record.model, record.id)
+        self._closed = False
+
+    @property
+    def model(self) -> str:
+        return self._record.model
+
+    @property
+    def version(self) -> str:
+        return self._record.id
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        return self._record.dims
+
+    def get(self, task_type: str, ids: Sequence[str], *, fill: bool = False) -> Lookup:
+        layout = self._layout(task_type)
+        environment = self._store.used()
+
+        def work(txn: Any) -> Lookup:
+            self._still_there(txn)
+            return self._store.look(txn, layout, ids, fill)
+
+        return environment.read(work)
+
+    def cold(self, task_type: str) -> NDArray[np.float32] | None:
+        layout = self._layout(task_type)
+        environment = self._store.used()
+        key = layout.prefix + COLD
+
+        def work(txn: Any) -> bytes | None:
+            self._still_there(txn)
+            found: bytes | None = txn.get(key, db=environment.values)
+            return found
+
+        value = environment.read(work)
+        return None if value is None else decode(layout, [key], [value]).vectors[0]
+
+    def ids(self, task_type: str) -> Iterator[str]:
+        layout = self._layout(task_type)
+        for pairs in self._pieces(layout, 4096):
+            yield from (id_of(layout, name, value) for name, value in pairs)
+
+    def scan(self, task_type: str, batch: int = 4096) -> Iterator[tuple[list[str], Lookup]]:
+        layout = self._layout(task_type)
+        if batch < 1:
+            raise StoreError(f"A scan reads at least one embedding at a time, got batch={batch}.")
+        for pairs in self._pieces(layout, batch):
+            names, values = [name for name, _ in pairs], [value for _, value in pairs]
+            ids = [id_of(layout, name, value) for name, value in pairs]
+            yield ids, decode(layout, names, values)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pieces(self, layout: Layout, limit: int) -> Iterator[list[tuple[bytes, bytes]]]:
+        # a transaction for each piece: one that lasts as long as its caller likes would keep old pages from reuse
+        environment = self._store.used()
+        after: bytes | None = None
+        while True:
+
+            def work(txn: Any, after: bytes | None = after) -> list[tuple[bytes, bytes]]:
+                self._still_there(txn)
+                return walk(txn, environment.values, layout, after, limit)
+
+            pairs = environment.read(work)
+            if not pairs:
+                return
+            yield pairs
+            after = pairs[-1][0]
+
+    def _still_there(self, txn: Any) -> None:
+        if txn.get(self._ready, db=self._store.used().catalog) is None:
+            raise StoreError(f"Version {self.version} of model '{self.model}' was removed; open the current one.")
+
+    def _layout(self, task_type: str) -> Layout:
+        if self._closed:
+            raise StoreError(f"This reader of version {self.version} is closed; open another one.")
+        found = self._layouts.get(task_type)
+        if found is None:
+            raise StoreError(
+                f"Version {self.version} of model '{self.model}' has no task type {task_type!r}; it has "
+                f"{', '.join(map(repr, self._layouts))}."
+            )
+        return found
+
+
+class LmdbTarget:
+    """What a publication does to its version."""
+
+    def __init__(self, store: LmdbStore, record: Record, lease: Lease) -> None:
+        self._store, self._record, self._lease = store, record, lease
+        self.version = record.id
+        self.layouts: Mapping[str, Layout] = layouts_of(record)
+
+    @property
+    def valid(self) -> bool:
+        return self._lease.valid
+
+    def write(self, batches: Sequence[Batch]) -> int:
+        return self._store.write_batches(self._record.model, self.version, batches, ("writing",))
+
+    def write_cold(self, layout: Layout, value: bytes) -> None:
+        self._store.write_cold(self._record.model, self.version, layout, value)
+
+    def written(self, layout: Layout, ids: Sequence[str]) -> NDArray[np.bool_]:
+        environment = self._store.used()
+        names = names_of(layout, ids)
+        return environment.read(
+            lambda txn: np.array([txn.get(name, db=environment.values) is not None for name in names], np.bool_)
+        )
+
+    def verify(self) -> Mapping[str, int]:
+        return self._store.verify(self._record.model, self.version)
+
+    def finish(self, activate: bool) -> int:
+        return self._store.finish(self._record.model, self.version, activate)
+
+    def remove(self) -> None:
+        self._store.remove_version(self._record)
+
+    def release(self) -> None:
+        self._lease.release()

@@ -1,0 +1,233 @@
+"""One task's embedding as bytes: a header, then the vector, in a form that any backend can keep and compare.
+
+    offset  size  content
+    0       1     format (1)
+    1       1     dtype: 0 float32, 1 float16, 2 int8
+    2       2     dimension
+    4       4     count: interactions that the embedding was computed from
+    8       8     event time of the newest of them
+    16      4     scale of an int8 vector (float32), else 1
+    20      …     the vector, filled with zeros to a multiple of 4 bytes
+    …       4     check: CRC-32 of the key and of all before
+    …       …     the task id in UTF-8, where it was too long to be a key
+
+All numbers are little-endian. Count and event time are the *revision*; they stand at a fixed place so that a store can
+compare two values where it keeps them. `n` values are packed and unpacked together, as one `[n, size]` array of bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from limaml.errors import StoreError
+
+__all__ = [
+    "COLD",
+    "DTYPES",
+    "HEADER",
+    "LONGEST_PLAIN_ID",
+    "MAX_COUNT",
+    "all_intact",
+    "checks",
+    "checksum",
+    "first_damaged",
+    "hashed",
+    "id_bytes",
+    "identities",
+    "identity",
+    "newer",
+    "pack",
+    "revisions",
+    "seal",
+    "unpack",
+    "value_size",
+]
+
+DTYPES = ("float32", "float16", "int8")
+HEADER = np.dtype(
+    [("format", "u1"), ("dtype", "u1"), ("dim", "<u2"), ("count", "<u4"), ("event_time", "<i8"), ("scale", "<f4")]
+)
+MAX_COUNT = 2**32 - 1
+LONGEST_PLAIN_ID = 400  # bytes; LMDB keys end at 511
+COLD = b"\x02"
+"""The identity of a task type's cold embedding. No id has it: ids start with byte 0 or 1."""
+
+_FORMAT = 1
+_CHECK = 4
+_RESIDUE = 0x2144DF1C  # the CRC-32 of anything that ends in its own CRC-32
+_STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+
+
+def value_size(dim: int, dtype: str) -> int:
+    """Bytes of one packed value: 24 and the vector, a multiple of 4."""
+    return HEADER.itemsize + -(-dim * _STORED[dtype].itemsize // 4) * 4 + _CHECK
+
+
+def id_bytes(task_id: str) -> bytes:
+    """The id in UTF-8, also where it holds half of a surrogate pair."""
+    return task_id.encode("utf-8", "surrogatepass")
+
+
+def identity(task_id: str) -> bytes:
+    """What stands for the id in a key: byte 0 and the id, or byte 1 and a 256-bit hash of an id that is too long."""
+    raw = id_bytes(task_id)
+    return b"\x00" + raw if len(raw) <= LONGEST_PLAIN_ID else hashed(raw)
+
+
+def hashed(raw: bytes) -> bytes:
+    """The identity of an id that is too long."""
+    return b"\x01" + hashlib.blake2b(raw, digest_size=32).digest()
+
+
+def identities(ids: Sequence[str], prefix: bytes = b"") -> list[bytes]:
+    """`prefix + identity(id)` of each id."""
+    plain = prefix + b"\x00"
+    try:
+        keys = [plain + task_id.encode() for task_id in ids]
+    except UnicodeEncodeError:
+        return [prefix + identity(task_id) for task_id in ids]
+    if max(map(len, keys), default=0) > len(plain) + LONGEST_PLAIN_ID:
+        return [prefix + identity(task_id) for task_id in ids]
+    return keys
+
+
+def pack(
+    vectors: NDArray[np.floating[Any]],
+    count: NDArray[np.int64],
+    event_time: NDArray[np.int64],
+    dtype: str,
+    ids: Sequence[str],
+    where: str = "",
+) -> NDArray[np.uint8]:
+    """Pack vectors `[n, dim]` with their revisions `[n]` into bytes `[n, value_size(dim, dtype)]`, not yet sealed.
+
+    float32 is exact, float16 is off by at most 2⁻¹¹ of the number (and 2⁻²⁵ near zero), int8 by at most half its scale,
+    which is the vector's largest absolute number / 127. Raises `StoreError` naming the id whose vector has a number that
+    is not finite or does not fit; `ids` and `where` serve the message only.
+    """
+    n, dim = vectors.shape
+    single = _finite(np.asarray(vectors), dtype, ids, where)
+    packed = np.zeros((n, value_size(dim, dtype)), np.uint8)
+    header = packed[:, : HEADER.itemsize].view(HEADER)[:, 0]
+    header["format"], header["dtype"], header["dim"] = _FORMAT, DTYPES.index(dtype), dim
+    header["count"], header["event_time"], header["scale"] = count, event_time, 1.0
+    stored: NDArray[Any]
+    if dtype == "int8":
+        scale = _scales(single)
+        header["scale"] = scale
+        divisor = np.where(scale > 0, scale, 1)[:, None].astype(np.float64)
+        stored = np.clip(np.rint(single / divisor), -127, 127).astype("i1")
+    else:
+        stored = single.astype(_STORED[dtype])
+    packed[:, HEADER.itemsize : HEADER.itemsize + stored.itemsize * dim] = np.ascontiguousarray(stored).view(np.uint8)
+    return packed
+
+
+def unpack(
+    packed: NDArray[np.uint8], dim: int, dtype: str
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """Vectors `[n, dim]`, counts `[n]` and event times `[n]` of values `[n, value_size(dim, dtype)]`.
+
+    Raises `StoreError` if a header does not say this dimension and dtype.
+    """
+    words = packed.view("<u4")
+    if (words[:, 0] != _FORMAT + (DTYPES.index(dtype) << 8) + (dim << 16)).any():
+        raise StoreError(f"A stored value is damaged: its header is not that of {dim} numbers in {dtype}.")
+    kind = _STORED[dtype]
+    vectors = packed[:, HEADER.itemsize : HEADER.itemsize + kind.itemsize * dim].view(kind).astype(np.float32)
+    if dtype == "int8":
+        vectors *= words[:, 4].view("<f4")[:, None]
+    return vectors, *revisions(packed)
+
+
+def revisions(packed: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Counts `[n]` and event times `[n]` of values, or of their first 16 bytes or more."""
+    return packed[:, 4:8].view("<u4")[:, 0].astype(np.int64), packed[:, 8:16].view("<i8")[:, 0].astype(np.int64)
+
+
+def seal(
+    packed: NDArray[np.uint8], ids: Sequence[str], names: Sequence[bytes], start: int = 0
+) -> tuple[list[bytes], NDArray[np.uint32]]:
+    """Values ready to be stored under the keys `names` (a prefix of `start` bytes, then the identity), and their checks.
+
+    An id that was hashed is kept in its value, so that it can be listed, and compared when it is read.
+    """
+    found = np.fromiter(map(zlib.crc32, _rows(packed[:, :-_CHECK]), map(zlib.crc32, names)), np.uint32, len(names))
+    packed[:, -_CHECK:].view("<u4")[:, 0] = found
+    values = _rows(packed)
+    for row, name in enumerate(names):
+        if name[start] == 1:
+            values[row] += id_bytes(ids[row])
+    return values, found
+
+
+def _rows(packed: NDArray[np.uint8]) -> list[bytes]:
+    rows: list[bytes] = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}")[:, 0].tolist()
+    return rows
+
+
+def all_intact(values: Sequence[bytes], names: Iterable[bytes]) -> bool:
+    """Whether every value (without a trailing id) is what was stored under its key."""
+    return set(map(zlib.crc32, values, map(zlib.crc32, names))) <= {_RESIDUE}
+
+
+def first_damaged(values: Sequence[bytes], names: Sequence[bytes]) -> int:
+    """The first value that is not what was stored under its key."""
+    return next(row for row, pair in enumerate(zip(values, names, strict=True)) if not all_intact([pair[0]], [pair[1]]))
+
+
+def checks(packed: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """The check `[n]` that each value carries."""
+    return packed[:, -_CHECK:].view("<u4")[:, 0]
+
+
+def checksum(found: NDArray[np.uint32]) -> int:
+    """The sum of checks: a checksum of a set of values that does not depend on their order, and that a store can keep
+    up by adding the new value's check and taking off the old one's."""
+    return int(found.sum(dtype=np.uint64))
+
+
+def newer(
+    count: NDArray[np.int64], event_time: NDArray[np.int64], old_count: NDArray[np.int64], old_time: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Where a revision is above the stored one: more interactions, or as many and a newer last one."""
+    above: NDArray[np.bool_] = (count > old_count) | ((count == old_count) & (event_time > old_time))
+    return above
+
+
+def _finite(vectors: NDArray[Any], dtype: str, ids: Sequence[str], where: str) -> NDArray[np.float32]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = vectors.astype(np.float32, copy=False)
+        kept = single.astype(np.float16) if dtype == "float16" else single
+    fine = np.isfinite(kept).all(axis=1)
+    if not fine.all():
+        row = int(np.argmin(fine))
+        column = int(np.argmin(np.isfinite(kept[row])))
+        number = vectors[row, column]
+        reason = f"does not fit into {dtype}" if np.isfinite(number) else "is not a finite number"
+        others = int((~fine).sum()) - 1
+        raise StoreError(
+            f"The vector of {where}{ids[row]!r} (row {row}) has {number} at position {column}, which {reason}"
+            f"{f'; {others} more rows are like it' if others else ''}. Nothing of this call was stored; look for "
+            "the cause in training."
+        )
+    return single
+
+
+def _scales(single: NDArray[np.float32]) -> NDArray[np.float32]:
+    largest = np.abs(single).max(axis=1, initial=0)
+    scale = (largest / np.float32(127)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        # at both ends of the range of float32 the division rounds coarsely: 127 scales must reach the largest number,
+        # and must not be infinite
+        scale = np.where(scale * 127.0 < largest * (1 - 1e-6), np.nextafter(scale, np.float32(np.inf)), scale)
+        bounded: NDArray[np.float32] = np.where(
+            np.isinf(scale * np.float32(127)), np.nextafter(scale, np.float32(0)), scale
+        )
+    return bounded
