@@ -29,6 +29,7 @@ from limaml.interactions import (
     sample_negatives,
 )
 from limaml.meta import (
+    ConcatMLP,
     CrossNetwork,
     InteractionMLP,
     MetaMLP,
@@ -47,6 +48,7 @@ __all__ = [
     "Adaptation",
     "ArtifactError",
     "CompareConfig",
+    "ConcatMLP",
     "Config",
     "ConfigError",
     "CrossNetwork",

@@ -2,6 +2,7 @@
 
 from limaml.meta.blocks import CONSTANT, CrossNetwork, FeatureEmbedding, InteractionMLP, MetaMLP
 from limaml.meta.build import build_global_block, build_meta_model
+from limaml.meta.cut import ConcatMLP
 from limaml.meta.gradient import GradientSolver
 from limaml.meta.learn import MetaLearner
 from limaml.meta.losses import Losses
@@ -13,6 +14,7 @@ from limaml.meta.train import Training, train
 
 __all__ = [
     "CONSTANT",
+    "ConcatMLP",
     "CrossNetwork",
     "Epoch",
     "FeatureEmbedding",
