@@ -43,7 +43,7 @@ class Adaptation(_Frozen):
     solver: Literal["gradient", "newton"] = "newton"
     steps: int = Field(default=2, ge=0, description="Inner steps K; 0 serves cold embeddings.")
     order: Literal[1, 2] = Field(default=2, description="First or second order (gradient).")
-    rate: float = Field(default=1.0, gt=0, description="Where the inner learning rates start (gradient).")
+    rate: float = Field(default=0.3, gt=0, description="Where the inner learning rates start (gradient).")
     learn_rate: Literal["fixed", "scalar", "layer", "step", "layer_step"] = "layer_step"
     prior_count: float = Field(
         default=5.0, gt=0, description="Where the learned prior count starts, in rows (gradient)."

@@ -71,6 +71,7 @@ class PlainLearner:
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.rows = train.nonzero().flatten()
         self.weight = float(data.weights[train].sum())
+        model.losses.standardise(data.labels[train], data.weights[train])
         self.known = {}
         for task in model.deep:
             self.known[task] = torch.zeros(data.count(task), dtype=torch.bool)

@@ -157,14 +157,14 @@ def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: 
     return _Answer(
         job,
         job.epochs,
-        tuple(_predictions(job, dataset, problem, fitted.rows, fitted.logits, encoder)),
+        tuple(_predictions(job, dataset, problem, fitted.rows, fitted.outputs, encoder)),
         curve,
         _map(job, problem, fitted.embeddings) if job.keep is not None else None,
     )
 
 
 def _predictions(
-    job: Job, dataset: str, problem: Problem, rows: torch.Tensor, logits: torch.Tensor, encoder: Encoder
+    job: Job, dataset: str, problem: Problem, rows: torch.Tensor, outputs: torch.Tensor, encoder: Encoder
 ) -> list[Predictions]:
     data, task = problem.data, problem.tasks[0]
     support = TaskRows.of(data.index[task], data.count(task), problem.split.support).size
@@ -182,7 +182,7 @@ def _predictions(
                 owner[known].numpy(),
                 support[owner[known]].numpy(),
                 data.labels[rows, head][known].double().numpy(),
-                logits[known, head].double().numpy(),
+                outputs[known, head].double().numpy(),
                 None if bool((weight == 1).all()) else weight,
                 LossKind(label.loss),
             )

@@ -39,9 +39,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Logits `[test rows, heads]` of `split.test` (or of the validation rows), and how training went."""
+    """Outputs for `split.test` (or the validation rows), and how training went."""
 
-    logits: Tensor
+    outputs: Tensor  # [test rows, heads]: log-odds of binary heads, values of squared heads
     rows: Tensor  # [test rows] positions in the data
     history: History
     model: MetaModel | None = None
@@ -59,7 +59,7 @@ def _plain(with_ids: bool) -> Callable[[Problem, Config, Callable[[Progress], No
         )
         history = fit(learner, config.train, progress=progress)
         rows = split.test.nonzero().flatten()
-        return Fitted(learner.predict(rows), rows, history)
+        return Fitted(learner.model.losses.outputs(learner.predict(rows)), rows, history)
 
     return run
 
@@ -77,7 +77,7 @@ def _limaml(problem: Problem, config: Config, progress: Callable[[Progress], Non
     with torch.no_grad():
         parts = [model.logits(data, part, embeddings) for part in torch.split(rows, 65536)]
     logits = torch.cat(parts) if parts else torch.zeros(0, len(problem.losses))
-    return Fitted(logits, rows, history, model, embeddings)
+    return Fitted(model.losses.outputs(logits), rows, history, model, embeddings)
 
 
 _Run = Callable[[Problem, Config, Callable[[Progress], None] | None], Fitted]

@@ -44,6 +44,8 @@ class FeatureEmbedding(nn.Module):
             nn.init.normal_(self.table.weight, std=scale)
         else:
             self.linear = nn.Linear(spec.size, width, bias=False)
+            # As small as the tables: a large input would multiply the inner steps of a meta block.
+            nn.init.normal_(self.linear.weight, std=scale)
 
     def forward(self, values: Tensor) -> Tensor:
         if self.linear is not None:

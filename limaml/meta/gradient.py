@@ -43,7 +43,7 @@ class GradientSolver(nn.Module):
         *,
         steps: int = 3,
         order: Literal[1, 2] = 2,
-        rate: float = 1.0,
+        rate: float = 0.3,
         learn_rate: RateKind = "layer_step",
         prior_count: float = 5.0,
     ) -> None:

@@ -40,6 +40,7 @@ class MetaLearner:
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.grouped = {task: TaskRows.of(data.index[task], data.count(task), train) for task in model.tasks}
         self.weight = float(data.weights[train].sum())
+        model.losses.standardise(data.labels[train], data.weights[train])
         self._others: dict[tuple[str, bool | None], Tensor] = {}
 
     def fast_parameters(self) -> list[nn.Parameter]:

@@ -8,7 +8,8 @@ For a label y, a logit ℓ and a row weight w (0 where the label is missing):
 | squared   | w ((ℓ − y)² / σ² + ln σ²) / 2 | w (ℓ − y) / σ²   | w / σ²       |
 
 The squared loss is the negative log likelihood of a normal distribution with a learned variance σ² per head, so that its
-curvature and the prior precision of the Newton solver are in the same unit.
+curvature and the prior precision of the Newton solver are in the same unit. Its y is the label in standard units of the
+training rows (`standardise`): so ratings from 1 to 5 and prices in cents start from the same place.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Losses(nn.Module):
     """
 
     squared: Tensor
+    centre: Tensor  # [heads]; 0 for a binary head
+    scale: Tensor  # [heads]; 1 for a binary head
 
     def __init__(self, kinds: Sequence[LossKind | str] = (LossKind.BINARY,)) -> None:
         super().__init__()
@@ -39,17 +42,33 @@ class Losses(nn.Module):
         self.register_buffer(
             "squared", torch.tensor([kind is LossKind.SQUARED for kind in self.kinds]), persistent=False
         )
+        self.register_buffer("centre", torch.zeros(len(self.kinds)))
+        self.register_buffer("scale", torch.ones(len(self.kinds)))
         self.log_variance = nn.Parameter(torch.zeros(len(self.kinds)), requires_grad=LossKind.SQUARED in self.kinds)
 
     @property
     def heads(self) -> int:
         return len(self.kinds)
 
+    @torch.no_grad()
+    def standardise(self, labels: Tensor, weights: Tensor) -> None:
+        """Take centre and scale of the squared heads from the training rows' labels `[n, heads]` and weights `[n]`."""
+        weight = labels.isfinite() * weights[:, None].double()
+        total = weight.sum(0).clamp(min=1e-12)
+        y = torch.where(labels.isfinite(), labels, 0.0).double()
+        mean = (y * weight).sum(0) / total
+        deviation = (((y - mean) ** 2 * weight).sum(0) / total).sqrt()
+        self.centre.copy_(torch.where(self.squared, mean, 0.0))
+        self.scale.copy_(torch.where(self.squared & (deviation > 0), deviation, 1.0))
+
+    def _targets(self, labels: Tensor, known: Tensor, dtype: torch.dtype) -> Tensor:
+        return (torch.where(known, labels, 0.0).to(dtype) - self.centre.to(dtype)) / self.scale.to(dtype)
+
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Weighted loss of each row, `[n]`, summed over heads; a missing label adds nothing."""
         self._check(logits, labels)
         known = labels.isfinite()
-        y = torch.where(known, labels, 0.0).to(logits.dtype)
+        y = self._targets(labels, known, logits.dtype)
         parts = []
         if not all(self.kinds_are(LossKind.SQUARED)):
             parts.append(nn.functional.softplus(logits) - y * logits)
@@ -63,7 +82,7 @@ class Losses(nn.Module):
         """First derivative of the loss by each logit, and the Gauss-Newton curvature, both `[n, heads]`."""
         self._check(logits, labels)
         known = labels.isfinite()
-        y = torch.where(known, labels, 0.0).to(logits.dtype)
+        y = self._targets(labels, known, logits.dtype)
         weight = known * weights.to(logits.dtype)[:, None]
         p = torch.sigmoid(logits)
         slope, curvature = p - y, p * (1 - p)
@@ -81,8 +100,12 @@ class Losses(nn.Module):
             )
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """Probabilities of binary heads, values of squared heads, `[n, heads]`."""
-        return torch.where(self.squared, logits, torch.sigmoid(logits))
+        """Probabilities of binary heads, values in the label's unit of squared heads, `[n, heads]`."""
+        return torch.where(self.squared, self.outputs(logits), torch.sigmoid(logits))
+
+    def outputs(self, logits: Tensor) -> Tensor:
+        """Log-odds of binary heads, values in the label's unit of squared heads, `[n, heads]`."""
+        return logits * self.scale.to(logits.dtype) + self.centre.to(logits.dtype)
 
     def kinds_are(self, kind: LossKind) -> list[bool]:
         return [k is kind for k in self.kinds]
