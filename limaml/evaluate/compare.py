@@ -73,7 +73,9 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
+    """What a job found: its best epoch and learning curve; predictions only where it trained for good."""
+
     job: Job
     best: int
     predictions: tuple[Predictions, ...]
@@ -126,7 +128,7 @@ def _problem(path: str, schema: str, protocol: str, seed: int, config: str, vali
     return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split, validation), encoder
 
 
-def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: Callable[[Progress], None]) -> _Answer:
+def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: Callable[[Progress], None]) -> Answer:
     settings = parse_config(json.loads(config))
     problem, encoder = _problem(
         path, schema, job.protocol, job.seed, settings.compare.model_dump_json(), job.epochs is None
@@ -145,7 +147,7 @@ def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: 
         best_epoch=fitted.history.best if job.epochs is None else None,
     )
     if job.epochs is None:
-        return _Answer(job, fitted.history.best, (), curve)
+        return Answer(job, fitted.history.best, (), curve)
     if job.keep is not None and fitted.model is not None:
         save_model(
             job.keep,
@@ -154,7 +156,7 @@ def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: 
             config_of(job.method, settings),
             {"protocol": job.protocol, "seed": job.seed, "epochs": job.epochs, "train_loss": epochs[-1].train_loss},
         )
-    return _Answer(
+    return Answer(
         job,
         job.epochs,
         tuple(_predictions(job, dataset, problem, fitted.rows, fitted.outputs, encoder)),
@@ -214,13 +216,13 @@ def _map(job: Job, problem: Problem, embeddings: Mapping[str, torch.Tensor] | No
 _queue: Any = None
 
 
-def _start_worker(queue: Any) -> None:
+def start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
     torch.set_num_threads(1)
 
 
-def _work(job: Job, path: str, schema: str, dataset: str, config: str) -> _Answer:
+def work(job: Job, path: str, schema: str, dataset: str, config: str) -> Answer:
     def tell(progress: Progress) -> None:
         if _queue is not None:
             _queue.put((str(job), progress))
@@ -250,7 +252,7 @@ def compare(
     searches = [Job(protocol, method, 0) for protocol in settings.protocols for method in settings.methods]
     # The slow ones first, so that no worker waits for the last.
     searches.sort(key=lambda job: not job.method.startswith("limaml"))
-    answers: list[_Answer] = []
+    answers: list[Answer] = []
     best: dict[tuple[str, str], int] = {}
     total = len(searches) * (1 + settings.seeds)
     running: dict[str, Progress] = {}
@@ -269,7 +271,7 @@ def compare(
             for seed in range(settings.seeds)
         ]
 
-    def take(answer: _Answer) -> list[Job]:
+    def take(answer: Answer) -> list[Job]:
         answers.append(answer)
         running.pop(str(answer.job), None)
         if progress is not None:
@@ -306,14 +308,14 @@ def _run_in_processes(
     jobs: Sequence[Job],
     arguments: tuple[str, str, str, str],
     workers: int,
-    take: Callable[[_Answer], list[Job]],
+    take: Callable[[Answer], list[Job]],
     tell: Callable[[str, Progress], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         queue = manager.Queue()
-        with ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
-            pending: set[Future[_Answer]] = {pool.submit(_work, job, *arguments) for job in jobs}
+        with ProcessPoolExecutor(workers, context, start_worker, (queue,)) as pool:
+            pending: set[Future[Answer]] = {pool.submit(work, job, *arguments) for job in jobs}
             try:
                 while pending:
                     done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -323,7 +325,7 @@ def _run_in_processes(
                     except Empty:
                         pass
                     for future in done:
-                        pending |= {pool.submit(_work, job, *arguments) for job in take(future.result())}
+                        pending |= {pool.submit(work, job, *arguments) for job in take(future.result())}
             except BaseException:
                 pool.shutdown(cancel_futures=True, wait=False)
                 raise

@@ -9,6 +9,7 @@ from limaml.interactions.join import Joined, join_tables
 from limaml.interactions.keys import join_key, split_key, task_keys
 from limaml.interactions.log import Appended, InteractionLog
 from limaml.interactions.negatives import NegativeSample, sample_negatives
+from limaml.interactions.prepare import Prepared, prepare
 from limaml.interactions.readers import read_table
 from limaml.interactions.schema import Feature, Label, Schema, Task
 from limaml.interactions.synthetic import Synthetic, make_interactions
@@ -26,6 +27,7 @@ __all__ = [
     "Joined",
     "Label",
     "NegativeSample",
+    "Prepared",
     "Schema",
     "Synthetic",
     "Task",
@@ -36,6 +38,7 @@ __all__ = [
     "join_key",
     "join_tables",
     "make_interactions",
+    "prepare",
     "read_table",
     "sample_negatives",
     "split_key",

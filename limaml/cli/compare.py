@@ -1,0 +1,111 @@
+"""`limaml compare`: is it worth it on my data?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from limaml.cli.console import comparing, console, heading, say
+from limaml.cli.environment import command_line, environment
+from limaml.cli.options import DataOptions, read
+from limaml.cli.workspace import Workspace
+from limaml.config import Config, load_config
+from limaml.errors import MissingExtra
+from limaml.evaluate.compare import Compared, compare
+from limaml.evaluate.report import write_report
+from limaml.evaluate.summary import Summary, summarise, write_metrics
+from limaml.evaluate.table import rich_table
+from limaml.interactions import Prepared
+
+__all__ = ["compare_command", "publish_results", "run_comparison"]
+
+
+def compare_command(
+    file: Path,
+    /,
+    *overrides: Annotated[
+        str, Parameter(help="Settings, such as train.epochs=5 compare.methods=[base,limaml_newton].")
+    ],
+    data: DataOptions,
+    out: Annotated[Path, Parameter(help="Folder for metrics.json, report.html, config.yaml and schema.json.")],
+    config: Annotated[Path | None, Parameter(help="YAML file of settings.")] = None,
+    seeds: Annotated[int | None, Parameter(help="Number of seeds (default 3).")] = None,
+    workers: Annotated[int | None, Parameter(help="Processes, one thread each (default: one per core).")] = None,
+    tune: Annotated[int, Parameter(help="First search so many trials per method, on validation rows.")] = 0,
+    name: Annotated[
+        str | None, Parameter(help="Name of the data set in tables (default: the file's folder or name).")
+    ] = None,
+) -> None:
+    """Compare the model with and without personalisation, and with wide-and-deep ids, on your own table.
+
+    Reads the table, finds types and features by itself and says what it chose, trains every method with several seeds in
+    two protocols (`warm`: each task's last rows are the test; `new_tasks`: tasks never trained on), and writes
+    `metrics.json` and `report.html`. No config is needed:
+
+    `limaml compare ratings.parquet --task user_id --row item_id --time timestamp --label "rating >= 4" --out runs/look`
+
+    Next: `limaml train` with the same options trains the model to keep.
+    """
+    sets = [*overrides, *([] if seeds is None else [f"compare.seeds={seeds}"])]
+    settings = load_config(config, sets)
+    heading("Reading")
+    prepared = read(file, data)
+    say(prepared.notes)
+    dataset = name or (file.parent.name if file.stem == "interactions" and file.parent.name else file.stem)
+    if tune:
+        from limaml.cli.tune import search
+
+        settings = search(prepared, settings, dataset, out, tune, workers)
+    compared, summary = run_comparison(prepared, settings, dataset, out, workers=workers)
+    publish_results(out, prepared, settings, compared, summary)
+
+
+def run_comparison(
+    prepared: Prepared, config: Config, dataset: str, out: Path, *, workers: int | None = None, keep: Path | None = None
+) -> tuple[Compared, Summary]:
+    """Train and judge everything, with progress."""
+    out.mkdir(parents=True, exist_ok=True)
+    Workspace(out).write_settings(config, prepared.schema)
+    heading(f"Comparing {', '.join(config.compare.methods)}")
+    table = out / ".comparing.parquet"
+    prepared.frame.write_parquet(table)
+    try:
+        with comparing() as progress:
+            compared = compare(
+                table, prepared.schema, config, dataset=dataset, keep=keep, workers=workers, progress=progress
+            )
+    finally:
+        table.unlink(missing_ok=True)
+    say(compared.notes)
+    return compared, summarise(compared.predictions, replicates=config.compare.replicates)
+
+
+def publish_results(
+    out: Path, prepared: Prepared, config: Config, compared: Compared, summary: Summary, notes: Sequence[str] = ()
+) -> None:
+    """Write `metrics.json` and `report.html`, print the table and where the files are."""
+    write_metrics(summary, out / "metrics.json")
+    written = [out / "metrics.json"]
+    try:
+        write_report(
+            out / "report.html",
+            summary,
+            compared.predictions,
+            curves=compared.curves,
+            embedding_map=compared.embedding_map,
+            notes=[*prepared.notes, *compared.notes, *notes],
+            config=config.model_dump(mode="json"),
+            environment=environment(),
+            command=command_line(),
+        )
+        written.insert(0, out / "report.html")
+    except MissingExtra as missing:
+        console.print(f"[yellow]No report.html: {missing}[/yellow]")
+    heading("Results")
+    console.print(rich_table(summary))
+    console.print()
+    for path in written:
+        console.print(str(path), highlight=False)

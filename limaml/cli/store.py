@@ -1,0 +1,179 @@
+"""`limaml store`: versions of embeddings: look, roll back, remove, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.table import Table
+
+from limaml.cli.console import console, say
+from limaml.cli.workspace import MODEL_NAME, Workspace
+from limaml.store import Store, open_store
+
+__all__ = ["store_app"]
+
+Where = Annotated[str, Parameter(help="Run folder, or path or URL of a store.")]
+Name = Annotated[str, Parameter(help="Name of the model in the store.")]
+
+store_app = App(name="store", help="Versions of embeddings: list, show, roll back, expire, verify, estimate.")
+
+
+@contextmanager
+def _opened(where: str) -> Iterator[Store]:
+    folder = Path(where)
+    inside = folder / "store"
+    with open_store(inside if "://" not in where and inside.is_dir() else where, create=False) as store:
+        yield store
+
+
+@store_app.command(name="list")
+def list_versions(where: Where, /) -> None:
+    """List the models and versions in a store; the one that is served is marked.
+
+    `limaml store list runs/mine`
+    """
+    with _opened(where) as store:
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("model", "version", "state", "created", "embeddings", "MiB", "watermark", "note"):
+            table.add_column(column, justify="right" if column in ("embeddings", "MiB", "watermark") else "left")
+        for model in store.models():
+            current = store.current(model)
+            for version in store.versions(model):
+                served = "served" if version.id == current else version.state
+                counts = sum(count for name, count in version.counts.items() if not name.endswith(".features"))
+                mark = "" if version.watermark is None else str(version.watermark)
+                table.add_row(
+                    model,
+                    version.id,
+                    served,
+                    version.created,
+                    f"{counts:,}",
+                    f"{version.bytes / 2**20:.1f}",
+                    mark,
+                    version.note,
+                )
+        console.print(table)
+        size = store.size()
+        say(
+            [
+                f"{size.keys:,} keys, {size.payload / 2**20:,.1f} MiB of them, {size.file_bytes / 2**20:,.1f} MiB on disk."
+            ]
+        )
+
+
+@store_app.command
+def show(
+    where: Where,
+    /,
+    *,
+    task: Annotated[str | None, Parameter(help="Look one task up: type:key, such as user_id:42.")] = None,
+    version: Annotated[str | None, Parameter(help="Version (default: the one that is served).")] = None,
+    model: Name = MODEL_NAME,
+) -> None:
+    """Show all that a store knows of a version, or one task's embedding.
+
+    `limaml store show runs/mine --task user_id:42`
+    """
+    with _opened(where) as store:
+        described = store.describe(model, version)
+        if task is None:
+            for name in (
+                "id",
+                "state",
+                "created",
+                "artifact",
+                "watermark",
+                "note",
+                "dims",
+                "dtypes",
+                "counts",
+                "bytes",
+            ):
+                say([f"{name}: {getattr(described, name)}"])
+            for pointer in store.history(model)[-10:]:
+                say([f"served since {pointer.at}: {pointer.version} ({pointer.reason})"])
+            return
+        kind, colon, key = task.partition(":")
+        if not colon:
+            kind, key = next(iter(described.dims)), task
+        with store.read(model, described.id) as reader:
+            found = reader.get(kind, [key])
+        if not bool(found.found[0]):
+            say([f"{kind}:{key} is not in version {described.id}; it is served the cold embedding."])
+            return
+        say(
+            [
+                f"{kind}:{key} in {described.id}: {int(found.count[0])} interactions, newest at {int(found.event_time[0])}"
+            ]
+        )
+        say([" ".join(f"{value:.4f}" for value in found.vectors[0])])
+
+
+@store_app.command
+def rollback(
+    where: Where,
+    /,
+    *,
+    to: Annotated[str | None, Parameter(help="Version to serve (default: the one served before).")] = None,
+    model: Name = MODEL_NAME,
+) -> None:
+    """Serve an earlier version, at once.
+
+    `limaml store rollback runs/mine`
+    """
+    with _opened(where) as store:
+        version = store.rollback(model, to)
+        described = store.describe(model, version)
+        say(
+            [f"Version {version} of '{model}' is served again; it is refreshed up to event time {described.watermark}."]
+        )
+
+
+@store_app.command
+def expire(
+    where: Where, /, *, keep: Annotated[int, Parameter(help="Ready versions to keep.")] = 3, model: Name = MODEL_NAME
+) -> None:
+    """Remove old versions; never the served one, nor one that somebody reads."""
+    with _opened(where) as store:
+        done = store.expire(model, keep)
+        say([f"Removed: {', '.join(done.removed) or 'nothing'}."])
+        if done.held:
+            say([f"Kept, as they are being read: {', '.join(done.held)}."])
+
+
+@store_app.command
+def verify(where: Where, /, *, version: str | None = None, model: Name = MODEL_NAME) -> None:
+    """Read a version back and compare counts and checksums."""
+    with _opened(where) as store:
+        counts = store.verify(model, version)
+        say([f"{count:,} of '{name}' are as they were written." for name, count in counts.items()])
+
+
+@store_app.command
+def estimate(
+    folder: Path,
+    /,
+    *,
+    tasks: Annotated[int | None, Parameter(help="Number of tasks (default: those in the log).")] = None,
+    dtype: str = "float32",
+) -> None:
+    """Size of a version before it is published."""
+    from limaml.embeddings.publish import dims_of
+    from limaml.interactions import task_keys
+    from limaml.meta import load_model
+
+    place = Workspace(folder)
+    trained = load_model(place.model)
+    dims = dims_of(trained)
+    frame = place.log(place.schema).read() if tasks is None else None
+    counts: dict[str, int] = {}
+    for task in trained.encoder.schema.tasks:
+        number = tasks if frame is None else len(task_keys(frame, task)[0])
+        counts |= {name: number or 0 for name in dims if name.removesuffix(".features") == task.name}
+    with place.store() as store:
+        found = store.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
+    say([f"{found.keys:,} keys, about {found.bytes / 2**20:,.1f} MiB."])

@@ -1,0 +1,92 @@
+"""`limaml train`: a personalised model out of a table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from limaml.cli.console import console, heading, say, training
+from limaml.cli.options import DataOptions, read
+from limaml.cli.workspace import Workspace
+from limaml.config import Config, load_config
+from limaml.errors import ConfigError
+from limaml.evaluate.methods import config_of
+from limaml.interactions import Prepared
+from limaml.interactions.digest import content_digest
+from limaml.meta import train
+
+__all__ = ["train_command"]
+
+
+def train_command(
+    file: Path,
+    /,
+    *overrides: Annotated[str, Parameter(help="Settings, such as train.epochs=5 model.dim=32.")],
+    data: DataOptions,
+    out: Annotated[Path, Parameter(help="Run folder; the other verbs take it.")],
+    config: Annotated[Path | None, Parameter(help="YAML file of settings.")] = None,
+    solver: Annotated[Literal["newton", "gradient"], Parameter(help="How the meta block is adapted.")] = "newton",
+    validation: Annotated[float, Parameter(help="Share of each task's last rows held out to find the epochs.")] = 0.15,
+    refit: Annotated[bool, Parameter(help="Train again on all rows for as many epochs as were found.")] = True,
+) -> None:
+    """Meta-train a model on your table and keep it in a run folder.
+
+    Holds out each task's last rows to find the number of epochs, then trains on all rows. Every epoch is a checkpoint: the
+    same command goes on where a killed run was. Writes the model folder, the interaction log, the side tables and the
+    resolved config.
+
+    `limaml train ratings.parquet --task user_id --row item_id --time timestamp --label "rating >= 4" --out runs/mine`
+
+    Next: `limaml embed runs/mine` publishes every task's meta embedding.
+    """
+    settings = config_of(f"limaml_{solver}", load_config(config, overrides))
+    heading("Reading")
+    prepared = read(file, data)
+    say(prepared.notes)
+    place = Workspace(out)
+    place.write_settings(settings, prepared.schema)
+    _refuse_other_run(place, prepared, settings, validation, refit)
+    heading(f"Training ({solver})")
+    with training() as progress:
+        done = train(
+            prepared.frame,
+            prepared.schema,
+            settings,
+            validation_share=validation,
+            refit=refit,
+            checkpoint=place.checkpoint,
+            progress=progress,
+        )
+    trained = done.save(place.model)
+    place.write_data(prepared)
+    shutil.rmtree(place.checkpoint, ignore_errors=True)
+    best = done.search or done.history
+    valid = best.epochs[best.best - 1].valid_loss if best.epochs else None
+    said = "" if valid is None else f", validation loss {valid:.4f} at its best epoch {best.best}"
+    say([f"Trained for {len(done.history.epochs)} epochs{said}.", f"Model {trained.digest[:12]} is in {place.model}."])
+    console.print(f"\nNext: limaml embed {out}", highlight=False)
+
+
+def _refuse_other_run(place: Workspace, prepared: Prepared, config: Config, validation: float, refit: bool) -> None:
+    """A checkpoint goes on only with the data and settings it was made with."""
+    told: dict[str, object] = {
+        "schema": prepared.schema.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
+    }
+    told |= {"data": content_digest(prepared.frame), "validation": validation, "refit": refit}
+    mark = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    path = place.checkpoint / "run.sha256"
+    if path.exists() and path.read_text() != mark:
+        raise ConfigError(
+            f"{place.checkpoint} holds the checkpoint of a run with other data or settings. Remove that folder to start "
+            "anew, or use another --out."
+        )
+    if path.exists():
+        console.print("  Going on from the checkpoint of a run that was interrupted.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(mark)

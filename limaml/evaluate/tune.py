@@ -1,0 +1,220 @@
+"""Hyperparameters for every compared method: one space, one budget, the same validation rows; never a test row.
+
+A trial is a setting of one method. Its loss is the mean, over the protocols, of the best validation loss of seed 0, just
+as `compare` finds the number of epochs. Optuna proposes settings; every trial is appended to `trials.jsonl` when it is
+done, so that a search that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limaml.config import Config, parse_config
+from limaml.errors import LimamlError, require
+from limaml.evaluate.compare import Job, start_worker, work
+from limaml.evaluate.methods import METHODS, check_methods
+from limaml.interactions import Schema
+
+__all__ = ["SPACE", "Trial", "Tuned", "tune"]
+
+_COMMON: dict[str, tuple[Any, ...]] = {
+    "train.lr": ("log", 0.002, 0.01),
+    "train.table_decay": ("log", 3.0, 300.0),
+    "train.decay": ("log", 1.0, 100.0),
+    "train.rows_per_batch": ("choice", (2048, 4096, 8192)),
+    "model.embedding_dim": ("choice", (8, 16, 32)),
+    "model.dim": ("choice", (8, 16, 32)),
+    "model.dropout": ("choice", (0.0, 0.1, 0.2)),
+}
+_GRADIENT: dict[str, tuple[Any, ...]] = {
+    "adapt.steps": ("choice", (2, 3, 5)),
+    "adapt.rate": ("log", 0.05, 0.5),
+    "adapt.prior_count": ("log", 1.0, 30.0),
+}
+_NEWTON: dict[str, tuple[Any, ...]] = {
+    "adapt.steps": ("choice", (1, 2, 3)),
+    "adapt.precision": ("log", 0.3, 10.0),
+}
+
+SPACE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "base": _COMMON,
+    "wide_and_deep": _COMMON,
+    "limaml_gradient": {**_COMMON, **_GRADIENT},
+    "limaml_newton": {**_COMMON, **_NEWTON},
+}
+"""Method → setting → ("log", low, high) or ("choice", values). Every method has the same common part."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting that was tried. `loss` is None where training failed; `error` then says why."""
+
+    method: str
+    settings: Mapping[str, Any]
+    loss: float | None
+    epochs: Mapping[str, int]  # protocol → best epoch
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The best setting of each method, as overrides in a config, and all trials."""
+
+    config: Config
+    trials: tuple[Trial, ...]
+
+    def best(self, method: str) -> Trial | None:
+        done = [trial for trial in self.trials if trial.method == method and trial.loss is not None]
+        return min(done, key=lambda trial: trial.loss or 0.0, default=None)
+
+
+def tune(
+    table: Path,
+    schema: Schema,
+    config: Config,
+    *,
+    dataset: str,
+    trials: int,
+    record: Path,
+    workers: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, Trial], None] | None = None,
+) -> Tuned:
+    """Search `trials` settings for each of `config.compare.methods` on the Parquet file `table`.
+
+    The first trial of every method is the config as it is. `record` is the file of finished trials; what it holds of these
+    methods is not run again. Runs in `workers` processes of one thread. `progress` is called with (done, total, trial).
+    """
+    optuna = require("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_methods(config.compare.methods)
+    methods = config.compare.methods
+    finished = [trial for trial in _read(record) if trial.method in methods]
+    studies: dict[str, Any] = {}
+    for method in methods:
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=max(4, trials // 3), multivariate=False, constant_liar=True
+        )
+        studies[method] = optuna.create_study(sampler=sampler)
+        for trial in finished:
+            if trial.method == method and trial.settings and trial.loss is not None:
+                studies[method].add_trial(
+                    optuna.trial.create_trial(
+                        params=dict(trial.settings),
+                        distributions={name: _distribution(optuna, SPACE[method][name]) for name in trial.settings},
+                        value=trial.loss,
+                    )
+                )
+    left = {method: trials - sum(trial.method == method for trial in finished) for method in methods}
+    total = sum(max(0, count) for count in left.values())
+    done = 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers or os.cpu_count() or 1, context, start_worker, (None,)) as pool:
+        pending: dict[Future[Trial], tuple[str, Any]] = {}
+        queue = [method for turn in range(trials) for method in methods if turn < left[method]]
+        fresh = {method for method in methods if not any(t.method == method for t in finished)}
+        try:
+            while queue or pending:
+                while queue and len(pending) < (workers or os.cpu_count() or 1):
+                    method = queue.pop(0)
+                    asked = None
+                    settings: dict[str, Any] = {}
+                    if method in fresh:
+                        fresh.remove(method)
+                    else:
+                        asked = studies[method].ask()
+                        settings = {name: _suggest(asked, name, kind) for name, kind in SPACE[method].items()}
+                    arguments = (str(table), schema.model_dump_json(), dataset, _text(config, method, settings))
+                    pending[pool.submit(_try, method, settings, config.compare.protocols, arguments)] = (method, asked)
+                ready, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    method, asked = pending.pop(future)
+                    trial = future.result()
+                    if asked is not None:
+                        state = None if trial.loss is not None else optuna.trial.TrialState.FAIL
+                        studies[method].tell(asked, trial.loss, state=state)
+                    finished.append(trial)
+                    _append(record, trial)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total, trial)
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+    return Tuned(_best_config(config, methods, finished), tuple(finished))
+
+
+def _distribution(optuna: Any, kind: tuple[Any, ...]) -> Any:
+    if kind[0] == "log":
+        return optuna.distributions.FloatDistribution(kind[1], kind[2], log=True)
+    return optuna.distributions.CategoricalDistribution(kind[1])
+
+
+def _suggest(trial: Any, name: str, kind: tuple[Any, ...]) -> Any:
+    if kind[0] == "log":
+        return trial.suggest_float(name, kind[1], kind[2], log=True)
+    return trial.suggest_categorical(name, kind[1])
+
+
+def _with(config: Config, method: str, settings: Mapping[str, Any]) -> Config:
+    """`config` with the settings as overrides of one method."""
+    own = {name: dict(values) for name, values in config.methods.get(method, {}).items()}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        own.setdefault(section, {})[key] = value
+    methods = {**config.methods, method: own} if own else config.methods
+    return parse_config({**config.model_dump(exclude_unset=True), "methods": methods})
+
+
+def _text(config: Config, method: str, settings: Mapping[str, Any]) -> str:
+    return _with(config, method, settings).model_dump_json(exclude_unset=True)
+
+
+def _try(
+    method: str, settings: Mapping[str, Any], protocols: Sequence[str], arguments: tuple[str, str, str, str]
+) -> Trial:
+    losses, epochs = [], {}
+    try:
+        for protocol in protocols:
+            answer = work(Job(protocol, method, 0), *arguments)
+            losses.append(min(answer.curve.valid_metric or [float("inf")]))
+            epochs[protocol] = answer.best
+    except LimamlError as error:
+        return Trial(method, settings, None, epochs, str(error))
+    return Trial(method, settings, sum(losses) / len(losses), epochs)
+
+
+def _best_config(config: Config, methods: Sequence[str], trials: Sequence[Trial]) -> Config:
+    tuned = Tuned(config, tuple(trials))
+    for method in methods:
+        best = tuned.best(method)
+        if best is not None:
+            config = _with(config, method, best.settings)
+    return config
+
+
+def _read(record: Path) -> list[Trial]:
+    if not record.exists():
+        return []
+    found = []
+    for line in record.read_text(encoding="utf-8").splitlines():
+        try:
+            trial = Trial(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):
+            continue  # the line that was being written when the search was killed
+        if trial.method in METHODS:
+            found.append(trial)
+    return found
+
+
+def _append(record: Path, trial: Trial) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with record.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(trial.__dict__) + "\n")
