@@ -16,7 +16,7 @@ from limaml.meta import MetaMLP, Training
 from limaml.tasks import TaskRows
 
 SMALL = {
-    "train": {"epochs": 4, "rows_per_batch": 1024},
+    "train": {"epochs": 8, "rows_per_batch": 512},
     "model": {"embedding_dim": 8, "hidden": [16], "dim": 8, "factors": 8},
 }
 

@@ -295,9 +295,11 @@ def test_two_appenders_take_turns_or_one_says_so(tmp_path: Path) -> None:
 # the package's table of contents brings torch, which the log does not need: left out, the process starts at once
 APPENDER = """
 import importlib.util, sys, types, polars as pl
-package = types.ModuleType("limaml.interactions")
-package.__path__ = [importlib.util.find_spec("limaml").submodule_search_locations[0] + "/interactions"]
-sys.modules["limaml.interactions"] = package
+root = importlib.util.find_spec("limaml").submodule_search_locations[0]
+for name, folder in (("limaml", root), ("limaml.interactions", root + "/interactions")):
+    package = types.ModuleType(name)
+    package.__path__ = [folder]
+    sys.modules[name] = package
 from limaml.interactions.log import InteractionLog
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 log = InteractionLog(folder, "user_id", buckets=4)

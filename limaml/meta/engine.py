@@ -1,4 +1,4 @@
-"""The contract of the engines. A new way to carry out inner steps goes here: implement `Engine`, pass `tests/engines.py`."""
+"""The contract of the engines. A new way to carry out inner steps goes here: implement `Engine`, pass `tests/meta/engines.py`."""
 
 from __future__ import annotations
 

@@ -110,7 +110,8 @@ class MetaModel(nn.Module):
         key, structure = (task, block.training), structure_of(block)
         made_for, engine = self._engines.get(key, (None, None))
         if engine is None or made_for != structure:
-            engine = choose_engine(block, sample, self.adaptation.engine, task)
+            with _twice_differentiable():
+                engine = choose_engine(block, sample, self.adaptation.engine, task)
             self._engines[key] = (structure, engine)
         return engine
 

@@ -44,7 +44,7 @@ class Segments:
 
         def tiled(values: Tensor) -> Tensor:
             flat = values.new_zeros(tiles * self.tile, values.shape[1]).index_copy(0, slot, values)
-            return flat.view(tiles, self.tile, -1)
+            return flat.view(tiles, self.tile, values.shape[1])
 
         products = torch.bmm(tiled(left).transpose(1, 2), tiled(right))
         return products.new_zeros(self.count, *products.shape[1:]).index_add(0, tile_owner, products)

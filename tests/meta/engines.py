@@ -219,7 +219,7 @@ class Block(nn.Module):
             x.append(self.tokens(features["t"]).sum(1))
         h = self.start(torch.cat(x, -1))
         if self.initial is not None:
-            h = h + torch.tanh(self.start.weight.sum() * 0 + self.initial)
+            h = h + torch.tanh(self.initial)
         if self.sequence is not None:
             h = h + self.sequence(features["seq"] + h.unsqueeze(1)).mean(1)
         z: Tensor = self.out(torch.tanh(self.pieces(h)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -12,7 +13,6 @@ from engines import (
     PIECES,
     SEQUENCES,
     WIDTH,
-    Block,
     Case,
     assert_equal,
     conforms,
@@ -59,7 +59,9 @@ cases = st.builds(
 
 @settings(max_examples=25, deadline=None)
 @given(case=cases)
-@example(case=Case(pieces=("tied", "called twice"), sequence="encoder", sizes=(0, 1, 30), steps=4, types=("user", "item")))
+@example(
+    case=Case(pieces=("tied", "called twice"), sequence="encoder", sizes=(0, 1, 30), steps=4, types=("user", "item"))
+)
 def test_all_engines_agree_in_float64(case: Case) -> None:
     oracle = outcome(case, "loop")
     for engine in ("lowrank", "vmap"):
@@ -93,17 +95,23 @@ def test_every_way_to_read_a_sequence(sequence: str) -> None:
 @pytest.mark.parametrize("global_block", ["interaction", "cross", "plain"])
 def test_two_task_types(global_block: str, task: str) -> None:
     case = Case(
-        pieces=("residual",), global_block=global_block, types=("user", "item"), losses=("binary", "squared"), missing=True
+        pieces=("residual",),
+        global_block=global_block,
+        types=("user", "item"),
+        losses=("binary", "squared"),
+        missing=True,
     )
     oracle = outcome(case, "loop", task)
     conforms(case, "lowrank", oracle, task)
-    others = [name for name in oracle.gradients if name.startswith(f"meta_blocks.{'item' if task == 'user' else 'user'}")]
+    others = [
+        name for name in oracle.gradients if name.startswith(f"meta_blocks.{'item' if task == 'user' else 'user'}")
+    ]
     assert any(float(oracle.gradients[name].abs().max()) > 0 for name in others)  # held, but learned
 
 
 def test_orders_differ() -> None:
     second, first = outcome(Case(order=2), "lowrank"), outcome(Case(order=1), "lowrank")
-    assert torch.equal(second.z, first.z)
+    assert torch.allclose(second.z, first.z, rtol=1e-12)
     with pytest.raises(AssertionError):
         assert_equal(first, second, 1e-3)
 
@@ -307,7 +315,7 @@ def test_usual_blocks_need_no_dense_delta(dtype: torch.dtype) -> None:
 def test_only_what_must_be_dense_is_dense() -> None:
     engine = engine_of(Case(pieces=("tied", "linear", "read behind its back"), sequence="multihead", initial=True))
     assert isinstance(engine, LowRank)
-    assert set(engine.linear) == {"start", "pieces.1", "out"} - {"start"} | ({"start"} & set(engine.linear))
+    assert set(engine.linear) == {"start", "pieces.1", "out"}
     assert {"initial", "pieces.0.first.weight", "pieces.2.layer.weight", "sequence.attention.in_proj_weight"} <= set(
         engine.dense
     )
@@ -428,7 +436,8 @@ def test_a_block_with_nothing_to_adapt_is_refused_by_the_gradient_solver_only() 
 
 
 def test_a_block_whose_weight_is_computed_is_exact() -> None:
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, WIDTH))
+    layer = nn.Linear(4, WIDTH)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
     block = OnX(nn.Sequential(layer, nn.Tanh(), nn.Linear(WIDTH, DIM)))
     found, truth = adapted(with_block(block, "lowrank")), adapted(with_block(block, "loop"))
     assert torch.allclose(found, truth, atol=1e-5)
@@ -466,8 +475,6 @@ def test_the_engine_follows_the_block_when_it_changes() -> None:
 
 
 def test_a_copy_of_a_model_adapts_its_own_weights() -> None:
-    import copy
-
     model = with_block(OnX(nn.Linear(4, DIM)))
     before = adapted(model)
     copied = copy.deepcopy(model)
@@ -593,24 +600,19 @@ def test_learned_rates_are_bounded_with_a_warning(caplog: pytest.LogCaptureFixtu
         z = adapted(model)
         adapted(model)
     assert z.isfinite().all()
-    assert float(solver.log_rate.exp().max()) == pytest.approx(100.0, rel=1e-4)
+    assert float(solver.log_rate.detach().exp().max()) == pytest.approx(100.0, rel=1e-4)
     assert len([r for r in caplog.records if "inner rate reached 100" in r.getMessage()]) == 1
 
 
 def test_blocks_are_left_as_they_were() -> None:
     """Engines put weights and hooks into the block for a moment; nothing of it may stay."""
-    for piece in sorted(PIECES):
-        case = Case(pieces=(piece,))
-        for engine in ("lowrank", "vmap", "loop"):
-            model = model_of(case, engine)
-            block = model.meta_blocks["user"]
-            assert isinstance(block, Block)
-            parameters = dict(block.named_parameters(remove_duplicate=False))
-            outcome(case, engine)
-            data = random_data(case)
-            tasks = torch.arange(4)
-            model.adapt(data, "user", tasks, TaskRows.of(data.index["user"], 4).of_tasks(tasks))
-            after = dict(block.named_parameters(remove_duplicate=False))
-            assert parameters.keys() == after.keys()
-            assert all(parameters[name] is after[name] for name in parameters)
-            assert not any(module._forward_hooks for module in block.modules())
+    case = Case(pieces=("shared module", "tied", "free", "called twice"), sequence="multihead")
+    for engine in ("lowrank", "vmap", "loop"):
+        model, data = model_of(case, engine), random_data(case)
+        block, tasks = model.meta_blocks["user"], torch.arange(4)
+        parameters = dict(block.named_parameters(remove_duplicate=False))
+        model.adapt(data, "user", tasks, TaskRows.of(data.index["user"], 4).of_tasks(tasks))
+        after = dict(block.named_parameters(remove_duplicate=False))
+        assert parameters.keys() == after.keys()
+        assert all(parameters[name] is after[name] for name in parameters)
+        assert not any(module._forward_hooks for module in block.modules())
