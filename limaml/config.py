@@ -69,6 +69,7 @@ class TrainConfig(_Frozen):
     average: float = Field(default=1.0, ge=0, description="Epochs that the running average of the weights looks back.")
     clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")
     seed: int = 0
+    device: str = Field(default="cpu", description="Where the blocks are trained: cpu, cuda, cuda:1, … .")
 
 
 class CompareConfig(_Frozen):

@@ -46,15 +46,16 @@ class PlainModel(nn.Module):
     def logits(self, data: Interactions, rows: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         """Logits `[n, heads]` of the rows `[n]`. `known` maps a task type to a mask `[entries]` of trained ids."""
         features: Features = {}
+        device = self.losses.log_variance.device
         for side, table in data.sides.items():
-            features |= take(table, data.index[side][rows])
+            features |= take(table, data.index[side][rows], device=device)
         shift: Tensor | float = 0.0
         for task, deep in self.deep.items():
             entry = data.index[task][rows]
             usable = known[task][entry]
             if self.training and self.id_dropout:
                 usable = usable & (torch.rand(len(rows)) >= self.id_dropout)
-            ids = torch.where(usable, entry + 1, 0)
+            ids = torch.where(usable, entry + 1, 0).to(device)
             features[embedding_name(task)] = deep(ids)
             shift = shift + self.wide[task](ids)
         logits: Tensor = self.global_block(features) + shift
@@ -93,22 +94,23 @@ class PlainLearner:
     def _row_losses(self, batch: Tensor) -> Tensor:
         logits = self.model.logits(self.data, batch, self.known)
         if self.data.offset is not None:
-            logits = logits + self.data.offset[batch, None]
-        return self.model.losses.loss(logits, self.data.labels[batch], self.data.weights[batch])
+            logits = logits + self.data.offset[batch, None].to(logits.device)
+        labels, weights = self.data.labels[batch].to(logits.device), self.data.weights[batch].to(logits.device)
+        return self.model.losses.loss(logits, labels, weights)
 
     def tasks_in(self, batch: Tensor) -> int:
         return len(batch)
 
     @torch.no_grad()
     def blame(self, batch: Tensor) -> str:
-        bad = (~self._row_losses(batch).isfinite()).nonzero().flatten()
+        bad = (~self._row_losses(batch).isfinite()).nonzero().flatten().cpu()
         return f"Row {int(batch[bad[0]])} is the first to blame." if len(bad) else "No single row is to blame."
 
     @torch.no_grad()
     def predict(self, rows: Tensor, rows_per_chunk: int = 65536) -> Tensor:
         """Logits `[n, heads]` of the rows `[n]`, in evaluation mode."""
         self.model.eval()
-        parts = [self.model.logits(self.data, part, self.known) for part in torch.split(rows, rows_per_chunk)]
+        parts = [self.model.logits(self.data, part, self.known).cpu() for part in torch.split(rows, rows_per_chunk)]
         return torch.cat(parts) if parts else torch.zeros(0, self.model.losses.heads)
 
     @torch.no_grad()
@@ -116,7 +118,9 @@ class PlainLearner:
         if self.validation is None:
             return None
         rows = self.validation.test.nonzero().flatten()
-        logits = self.predict(rows)
-        known = self.data.labels[rows].isfinite().any(1)
-        loss = float(self.model.losses.loss(logits, self.data.labels[rows], self.data.weights[rows]).sum())
+        device = self.model.losses.log_variance.device
+        labels, weights = self.data.labels[rows], self.data.weights[rows]
+        known = labels.isfinite().any(1)
+        losses = self.model.losses.loss(self.predict(rows).to(device), labels.to(device), weights.to(device))
+        loss = float(losses.sum())
         return loss / max(float((self.data.weights[rows] * known).sum()), 1e-12)

@@ -55,9 +55,14 @@ def _plain(with_ids: bool) -> Callable[[Problem, Config, Callable[[Progress], No
         block = build_global_block(problem.specs, config.model, dims, len(problem.losses))
         ids = {task: (data.count(task), dim) for task, dim in dims.items()}
         learner = PlainLearner(
-            PlainModel(block, Losses(problem.losses), ids), data, split.train, config.train, problem.validation
+            PlainModel(block, Losses(problem.losses), ids).to(config.train.device),
+            data,
+            split.train,
+            config.train,
+            problem.validation,
         )
         history = fit(learner, config.train, progress=progress)
+        learner.model.cpu()
         rows = split.test.nonzero().flatten()
         return Fitted(learner.model.losses.outputs(learner.predict(rows)), rows, history)
 
@@ -67,8 +72,10 @@ def _plain(with_ids: bool) -> Callable[[Problem, Config, Callable[[Progress], No
 def _limaml(problem: Problem, config: Config, progress: Callable[[Progress], None] | None) -> Fitted:
     data, split = problem.data, problem.validation or problem.split
     model = build_meta_model(problem.specs, problem.tasks, problem.losses, config.model, config.adapt)
+    model = model.to(config.train.device)
     learner = MetaLearner(model, data, split.train, config.train, problem.validation)
     history = fit(learner, config.train, progress=progress)
+    model = model.cpu()
     rows = split.test.nonzero().flatten()
     embeddings = {}
     for task in model.tasks:

@@ -97,7 +97,7 @@ class MetaLearner:
 
     @torch.no_grad()
     def blame(self, batch: MetaBatch) -> str:
-        bad = (~self._row_losses(batch).isfinite()).nonzero().flatten()
+        bad = (~self._row_losses(batch).isfinite()).nonzero().flatten().cpu()
         if not len(bad):
             return "The loss of no single row is to blame."
         owner = int(batch.batch.query.owner[bad[0]])
@@ -112,6 +112,7 @@ class MetaLearner:
         return mean_loss(self.model, self.data, self.validation)
 
 
+@torch.no_grad()
 def mean_loss(model: MetaModel, data: Interactions, split: Split, rows_per_chunk: int = 65536) -> float:
     """Mean loss of the split's test rows, every task adapted on its support."""
     tables = {}
@@ -127,6 +128,8 @@ def mean_loss(model: MetaModel, data: Interactions, split: Split, rows_per_chunk
     for part in torch.split(rows, rows_per_chunk):
         logits = model.logits(data, part, tables)
         known = data.labels[part].isfinite().any(1)
-        total += float(model.losses.loss(logits, data.labels[part], data.weights[part]).sum())
+        total += float(
+            model.losses.loss(logits, data.labels[part].to(model.device), data.weights[part].to(model.device)).sum()
+        )
         weight += float((data.weights[part] * known).sum())
     return total / max(weight, 1e-12)

@@ -58,8 +58,9 @@ class Losses(nn.Module):
         y = torch.where(labels.isfinite(), labels, 0.0).double()
         mean = (y * weight).sum(0) / total
         deviation = (((y - mean) ** 2 * weight).sum(0) / total).sqrt()
-        self.centre.copy_(torch.where(self.squared, mean, 0.0))
-        self.scale.copy_(torch.where(self.squared & (deviation > 0), deviation, 1.0))
+        squared = self.squared.cpu()
+        self.centre.copy_(torch.where(squared, mean, 0.0))
+        self.scale.copy_(torch.where(squared & (deviation > 0), deviation, 1.0))
 
     def _targets(self, labels: Tensor, known: Tensor, dtype: torch.dtype) -> Tensor:
         return (torch.where(known, labels, 0.0).to(dtype) - self.centre.to(dtype)) / self.scale.to(dtype)

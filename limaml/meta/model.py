@@ -104,6 +104,10 @@ class MetaModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def engine(self, task: str, sample: Features) -> Engine:
         """The engine of a task type's meta block: the fastest that is exact for it, or the one that was asked for."""
         block = self.meta_blocks[task]
@@ -117,7 +121,7 @@ class MetaModel(nn.Module):
 
     def features_of(self, data: Interactions, task: str, tasks: Tensor) -> Features:
         """What the meta block of `task` is given for the entries `tasks` `[n]`."""
-        return side_features(data, task, tasks, self.dtype)
+        return side_features(data, task, tasks, self.dtype, self.device)
 
     def cold(self, data: Interactions, task: str, tasks: Tensor) -> Tensor:
         """Cold embeddings `[tasks, dim]`: the un-adapted meta block on the tasks' own features."""
@@ -183,7 +187,7 @@ class MetaModel(nn.Module):
         used = size if cap is None else size.clamp(max=cap)
         # A task weighs its rows, plus one: cold tasks cost something too.
         chunk = torch.div(torch.cumsum(used + 1, 0) - 1, rows_per_chunk, rounding_mode="floor")
-        vectors = [torch.zeros(0, self.dims[task] or 0, dtype=self.dtype)]
+        vectors = [torch.zeros(0, self.dims[task] or 0, dtype=self.dtype, device=self.device)]
         done, training = 0, {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -204,12 +208,12 @@ class MetaModel(nn.Module):
         cold = self.cold(data, task, tasks)
         broken = bad & ~cold.isfinite().all(1)
         if bool(broken.any()):
-            key = data.ids[task][int(tasks[broken.nonzero()[0, 0]])]
+            key = data.ids[task][int(tasks[int(broken.nonzero()[0, 0])])]
             raise ModelError(
                 f"The meta block gives no finite embedding for {int(broken.sum())} tasks, the first of them {task}:{key}, "
                 "even without adaptation: look for a NaN or a value of extreme size in its features, or in the weights."
             )
-        first = data.ids[task][int(tasks[bad.nonzero()[0, 0]])]
+        first = data.ids[task][int(tasks[int(bad.nonzero()[0, 0])])]
         logger.warning(
             "Adaptation overflowed for %d of %d tasks, the first of them %s:%s; they keep their cold embeddings. Look for a "
             "NaN or an extreme value in their rows, or lower adapt.rate.",

@@ -141,6 +141,12 @@ def fit(
         started = time.perf_counter()
         train_loss = _one_epoch(learner, optimiser, generator, config, state, progress)
         valid_loss = _with_weights(learner, state.average)
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            raise TrainingError(
+                f"The validation loss is {valid_loss} after epoch {state.epoch + 1}, though the training loss is "
+                f"{train_loss:.4g}: look for a feature of extreme size in the validation rows, or lower adapt.rate. The "
+                "checkpoint of the epoch before is kept."
+            )
         state.epoch += 1
         state.history.append(Epoch(state.epoch, train_loss, valid_loss, time.perf_counter() - started))
         if valid_loss is None or valid_loss < state.best_loss:
@@ -174,7 +180,7 @@ def _average(average: dict[str, Tensor], module: nn.Module, steps: int, horizon:
         if name not in average or not value.is_floating_point():
             average[name] = value.clone()
         else:
-            average[name].lerp_(value, share)
+            average[name] = average[name].to(value.device).lerp_(value, share)
 
 
 def _out_of_patience(state: _State[Batch], config: TrainConfig) -> bool:
@@ -190,6 +196,8 @@ def _one_epoch(
     progress: Callable[[Progress], None] | None,
 ) -> float:
     batches = learner.batches(generator)
+    if not batches:
+        raise TrainingError("There is no batch to train on: no task has training rows. Look at the split's train mask.")
     total, weight, tasks = 0.0, 0.0, 0
     learner.module.train()
     previous = state.history[-1].valid_loss if state.history else None
@@ -237,10 +245,12 @@ def _save(
         "optimiser": moments,
         "random": {"batches": generator.get_state(), "torch": torch.get_rng_state()},
     }
+    tensors["average"] = state.average
     if state.best_weights:
         tensors["best"] = state.best_weights
     progress = {
         "epoch": state.epoch,
+        "steps": state.steps,
         "best": state.best,
         "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
         "history": [asdict(epoch) for epoch in state.history],
@@ -265,7 +275,13 @@ def _resume(
             f"The checkpoint {folder} was made with other settings of train.{', train.'.join(changed)}. Set them back to "
             f"go on with it ({', '.join(f'{name}={before.get(name)!r}' for name in changed)}), or remove the folder."
         )
-    module.load_state_dict(dict(saved.tensors["model"]))
+    try:
+        module.load_state_dict(dict(saved.tensors["model"]))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The checkpoint {folder} is of another model ({str(error).splitlines()[-1].strip()}). Set the model's settings "
+            "back to go on with it, or remove the folder."
+        ) from error
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in saved.tensors["optimiser"].items():
         index, _, name = key.partition(".")
@@ -279,4 +295,6 @@ def _resume(
         best=progress["best"],
         best_loss=math.inf if progress["best_loss"] is None else progress["best_loss"],
         best_weights=dict(saved.tensors["best"]) if "best" in saved.tensors else {},
+        average=dict(saved.tensors["average"]),
+        steps=progress["steps"],
     )

@@ -2,6 +2,8 @@
 
 Everything that does not depend on the meta embeddings is computed when a `RowScorer` is made, and shared by all inner
 steps (design facts 3 to 5): each side's distinct entries are encoded once and gathered to the rows.
+
+Interactions stay where they are (on the CPU); what a batch needs of them is moved to the device of the global block.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ Held = Mapping[str, Callable[[Tensor], Tensor]]
 """Task type → embeddings `[n, dim]` of the given entries `[n]` of its table: what the *other* task types are held at."""
 
 
-def take(features: Features, entries: Tensor, dtype: torch.dtype | None = None) -> Features:
-    """The features of the given entries of a side; floating ones as `dtype` where that is given."""
-    taken = {name: values[entries] for name, values in features.items()}
+def take(
+    features: Features, entries: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Features:
+    """The features of the given entries of a side, on `device`; floating ones as `dtype` where that is given."""
+    taken = {name: values[entries].to(device) for name, values in features.items()}
     if dtype is None:
         return taken
     return {name: values.to(dtype) if values.is_floating_point() else values for name, values in taken.items()}
@@ -45,10 +49,12 @@ def naming_shapes(what: str, features: Callable[[], Features]) -> Iterator[None]
         raise ModelError(f"{what} failed: {type(error).__name__}: {error} It was given: {shapes}.") from error
 
 
-def side_features(data: Interactions, side: str, entries: Tensor, dtype: torch.dtype) -> Features:
+def side_features(
+    data: Interactions, side: str, entries: Tensor, dtype: torch.dtype, device: torch.device | None = None
+) -> Features:
     """The features of a task type's entries `[n]`, with the constant that every meta block is given."""
-    features = take(data.sides.get(side, {}), entries, dtype)
-    features[CONSTANT] = torch.ones(len(entries), 1, dtype=dtype, device=entries.device)
+    features = take(data.sides.get(side, {}), entries, dtype, device)
+    features[CONSTANT] = torch.ones(len(entries), 1, dtype=dtype, device=device)
     return features
 
 
@@ -74,8 +80,11 @@ class RowScorer:
         *,
         hoist: bool = True,
     ) -> None:
-        self.block, self.name, self.owner = block, embedding_name(task), rows.owner
-        self.dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), None)
+        self.block, self.name = block, embedding_name(task)
+        like = next((p for p in block.parameters() if p.is_floating_point()), None)
+        self.dtype = None if like is None else like.dtype
+        self.device = None if like is None else like.device
+        self.owner = rows.owner.to(self.device)
         self.masks = SharedMasks(block)
         self.cut = hoist and isinstance(block, CutBlock)
         self._fixed: Parts | None = None
@@ -87,22 +96,22 @@ class RowScorer:
                 distinct, place = (tasks, rows.owner) if side == task else torch.unique(entry, return_inverse=True)
                 self._add(table, distinct, place, held.get(side) if side != task else None, side)
             else:
-                self._features |= take(table, entry, self.dtype)
+                self._features |= take(table, entry, self.dtype, self.device)
                 if side != task and side in held:
-                    self._features[embedding_name(side)] = held[side](entry)
+                    self._features[embedding_name(side)] = held[side](entry).to(self.device)
 
     def _add(
         self, table: Features, distinct: Tensor, place: Tensor, held: Callable[[Tensor], Tensor] | None, side: str
     ) -> None:
         assert isinstance(self.block, CutBlock)
-        features = take(table, distinct, self.dtype) if table else {}
+        features = take(table, distinct, self.dtype, self.device) if table else {}
         with self._naming(".encode", lambda: features):
             parts = self.block.encode(features) if features else None
         if held is not None:
-            condition = self._condition({embedding_name(side): held(distinct)})
+            condition = self._condition({embedding_name(side): held(distinct).to(self.device)})
             parts = condition if parts is None else add_parts(parts, condition)
         if parts is not None:
-            parts = _gather(parts, place)
+            parts = _gather(parts, place.to(self.device))
             self._fixed = parts if self._fixed is None else add_parts(self._fixed, parts)
 
     def logits(self, z: Tensor) -> Tensor:
@@ -168,9 +177,10 @@ class Support:
         self._rebuild = (block, losses, data, task, tasks, rows, held or {})
         self.losses = losses
         self.scorer = RowScorer(block, data, task, tasks, rows, held or {}, hoist=hoist)
-        self.labels, self.weights = data.labels[rows.rows], data.weights[rows.rows]
-        self.offset = None if data.offset is None else data.offset[rows.rows, None]
-        self.segments = Segments(rows.owner, len(tasks))
+        device = self.scorer.device
+        self.labels, self.weights = data.labels[rows.rows].to(device), data.weights[rows.rows].to(device)
+        self.offset = None if data.offset is None else data.offset[rows.rows, None].to(device)
+        self.segments = Segments(self.scorer.owner, len(tasks))
         known = self.labels.isfinite().any(1)
         self.weight = self.segments.sum(self.weights * known)  # (tasks,): total weight of each support
 

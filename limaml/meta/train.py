@@ -83,15 +83,15 @@ def train(
         tell = None if progress is None else lambda news: progress(name, news)
         return fit(learner, final.train, checkpoint=folder, progress=tell)
 
-    model, search, settings = fresh(), None, config
+    model, search, settings = fresh().to(config.train.device), None, config
     built_by = "config" if build is None else getattr(build, "__qualname__", type(build).__name__)
     if validation_share > 0:
         split = split_by_task_order(data, schema.tasks[0].name, share=validation_share)
         search = run("search", MetaLearner(model, data, split.train, config.train, split), config)
         if not refit:
-            return Training(model, encoder, config, data, search, search, built_by)
+            return Training(model.cpu(), encoder, config, data, search, search, built_by)
         epochs = {"epochs": search.best, "patience": search.best}
         settings = config.model_copy(update={"train": config.train.model_copy(update=epochs)})
-        model = fresh()
+        model = fresh().to(config.train.device)
     history = run("train", MetaLearner(model, data, everything, settings.train), settings)
-    return Training(model, encoder, config, data, history, search, built_by)
+    return Training(model.cpu(), encoder, config, data, history, search, built_by)
