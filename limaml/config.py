@@ -56,20 +56,28 @@ class Adaptation(_Frozen):
 class TrainConfig(_Frozen):
     """The outer loop."""
 
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=30, ge=1)
     lr: float = Field(default=0.005, gt=0, description="Of the blocks.")
     solver_lr: float = Field(default=0.03, gt=0, description="Of learned rates, prior count and prior precision.")
     table_decay: float = Field(
         default=30.0, ge=0, description="Prior precision of embedding tables: λ|w|²/2 per data set."
     )
     decay: float = Field(default=5.0, ge=0, description="Prior precision of all other weights.")
-    rows_per_batch: int = Field(default=4096, ge=1, description="Interactions per batch; tasks are never cut.")
+    rows_per_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Interactions per batch; tasks are never cut. None: a 32nd of the training rows, from 256 to 8192.",
+    )
     query: Literal["cross_fit", "time_cut"] = "cross_fit"
     patience: int = Field(default=2, ge=1, description="Epochs without a better validation loss before stopping.")
     average: float = Field(default=1.0, ge=0, description="Epochs that the running average of the weights looks back.")
     clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")
     seed: int = 0
     device: str = Field(default="cpu", description="Where the blocks are trained: cpu, cuda, cuda:1, … .")
+
+    def batch_of(self, rows: int) -> int:
+        """Interactions per batch, when there are `rows` to train on."""
+        return self.rows_per_batch or max(256, min(8192, rows // 32))
 
 
 class CompareConfig(_Frozen):

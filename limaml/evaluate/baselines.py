@@ -12,12 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from limaml.config import TrainConfig
+from limaml.meta.blocks import CONSTANT, add_parts
 from limaml.meta.losses import Losses
-from limaml.meta.support import take
+from limaml.meta.support import gather_parts, take
 from limaml.tasks import Split
-from limaml.types import Features, Interactions, embedding_name
+from limaml.types import CutBlock, Features, Interactions, embedding_name
 
-__all__ = ["PlainLearner", "PlainModel"]
+__all__ = ["ConstantBlock", "PlainLearner", "PlainModel"]
+
+
+class ConstantBlock(nn.Module):
+    """What a global block without any input can say: the mean."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, features: Features) -> Tensor:
+        """Logits `[n, heads]`."""
+        return features[CONSTANT] * self.bias
 
 
 class PlainModel(nn.Module):
@@ -45,21 +58,39 @@ class PlainModel(nn.Module):
 
     def logits(self, data: Interactions, rows: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         """Logits `[n, heads]` of the rows `[n]`. `known` maps a task type to a mask `[entries]` of trained ids."""
-        features: Features = {}
-        device = self.losses.log_variance.device
-        for side, table in data.sides.items():
-            features |= take(table, data.index[side][rows], device=device)
+        embeddings: Features = {}
         shift: Tensor | float = 0.0
         for task, deep in self.deep.items():
             entry = data.index[task][rows]
             usable = known[task][entry]
             if self.training and self.id_dropout:
                 usable = usable & (torch.rand(len(rows)) >= self.id_dropout)
-            ids = torch.where(usable, entry + 1, 0).to(device)
-            features[embedding_name(task)] = deep(ids)
+            ids = torch.where(usable, entry + 1, 0).to(self.device)
+            embeddings[embedding_name(task)] = deep(ids)
             shift = shift + self.wide[task](ids)
-        logits: Tensor = self.global_block(features) + shift
+        logits: Tensor = self._global(data, rows, embeddings) + shift
         return logits
+
+    @property
+    def device(self) -> torch.device:
+        return self.losses.log_variance.device
+
+    def _global(self, data: Interactions, rows: Tensor, embeddings: Features) -> Tensor:
+        """The global block; of a cut one, each distinct entry is encoded once, as the personalised model does it."""
+        block = self.global_block
+        if not isinstance(block, CutBlock):
+            features: Features = {**embeddings, CONSTANT: torch.ones(len(rows), 1, device=self.device)}
+            for side, table in data.sides.items():
+                features |= take(table, data.index[side][rows], device=self.device)
+            plain: Tensor = block(features)
+            return plain
+        parts = block.condition(embeddings)
+        for side, table in data.sides.items():
+            if table:
+                distinct, place = torch.unique(data.index[side][rows], return_inverse=True)
+                encoded = block.encode(take(table, distinct, device=self.device))
+                parts = add_parts(parts, gather_parts(encoded, place.to(self.device)))
+        return block.score(parts)
 
 
 class PlainLearner:
@@ -83,7 +114,9 @@ class PlainLearner:
 
     def batches(self, generator: torch.Generator) -> list[Tensor]:
         return list(
-            torch.split(self.rows[torch.randperm(len(self.rows), generator=generator)], self.config.rows_per_batch)
+            torch.split(
+                self.rows[torch.randperm(len(self.rows), generator=generator)], self.config.batch_of(len(self.rows))
+            )
         )
 
     def loss(self, batch: Tensor) -> tuple[Tensor, float]:
@@ -118,7 +151,7 @@ class PlainLearner:
         if self.validation is None:
             return None
         rows = self.validation.test.nonzero().flatten()
-        device = self.model.losses.log_variance.device
+        device = self.model.device
         labels, weights = self.data.labels[rows], self.data.weights[rows]
         known = labels.isfinite().any(1)
         losses = self.model.losses.loss(self.predict(rows).to(device), labels.to(device), weights.to(device))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from limaml.config import Config
 from limaml.errors import ConfigError
-from limaml.evaluate.baselines import PlainLearner, PlainModel
+from limaml.evaluate.baselines import ConstantBlock, PlainLearner, PlainModel
 from limaml.meta.build import build_global_block, build_meta_model
 from limaml.meta.learn import MetaLearner
 from limaml.meta.losses import Losses
@@ -52,7 +52,9 @@ def _plain(with_ids: bool) -> Callable[[Problem, Config, Callable[[Progress], No
     def run(problem: Problem, config: Config, progress: Callable[[Progress], None] | None) -> Fitted:
         data, split = problem.data, problem.validation or problem.split
         dims = dict.fromkeys(problem.tasks, config.model.dim) if with_ids else {}
-        block = build_global_block(problem.specs, config.model, dims, len(problem.losses))
+        heads = len(problem.losses)
+        empty = not problem.specs and not dims
+        block = ConstantBlock(heads) if empty else build_global_block(problem.specs, config.model, dims, heads)
         ids = {task: (data.count(task), dim) for task, dim in dims.items()}
         learner = PlainLearner(
             PlainModel(block, Losses(problem.losses), ids).to(config.train.device),

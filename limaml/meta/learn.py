@@ -53,7 +53,7 @@ class MetaLearner:
         made: list[MetaBatch] = []
         for task, grouped in self.grouped.items():
             present = (grouped.size > 0).nonzero().flatten()
-            for tasks in task_batches(present, grouped.size, self.config.rows_per_batch, generator):
+            for tasks in task_batches(present, grouped.size, self.config.batch_of(len(grouped.rows)), generator):
                 if crossed:
                     made += [
                         MetaBatch(task, cross_fit(grouped, tasks, coin, side, cap), side) for side in (True, False)

@@ -21,7 +21,7 @@ from limaml.meta.masks import SharedMasks
 from limaml.meta.segments import Segments
 from limaml.types import CutBlock, Features, Interactions, Parts, Rows, embedding_name
 
-__all__ = ["Held", "RowScorer", "Support", "naming_shapes", "side_features", "take"]
+__all__ = ["Held", "RowScorer", "Support", "gather_parts", "naming_shapes", "side_features", "take"]
 
 Held = Mapping[str, Callable[[Tensor], Tensor]]
 """Task type → embeddings `[n, dim]` of the given entries `[n]` of its table: what the *other* task types are held at."""
@@ -58,7 +58,8 @@ def side_features(
     return features
 
 
-def _gather(parts: Parts, index: Tensor) -> Parts:
+def gather_parts(parts: Parts, index: Tensor) -> Parts:
+    """The parts of the entries `index` `[n]`."""
     return tuple(None if part is None else part.index_select(0, index) for part in parts)
 
 
@@ -111,7 +112,7 @@ class RowScorer:
             condition = self._condition({embedding_name(side): held(distinct).to(self.device)})
             parts = condition if parts is None else add_parts(parts, condition)
         if parts is not None:
-            parts = _gather(parts, place.to(self.device))
+            parts = gather_parts(parts, place.to(self.device))
             self._fixed = parts if self._fixed is None else add_parts(self._fixed, parts)
 
     def logits(self, z: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class RowScorer:
         if not self.cut:
             return self.per_row(z.index_select(0, self.owner))
         with self.masks.drawn(z):
-            return self._score(_gather(self._condition({self.name: z}), self.owner))
+            return self._score(gather_parts(self._condition({self.name: z}), self.owner))
 
     def per_row(self, z: Tensor) -> Tensor:
         """Logits `[n, heads]` for one meta embedding per row, `z` `[n, dim]`."""
