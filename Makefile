@@ -1,5 +1,8 @@
-# make demo   the main job on MovieLens-100K, in at most a few minutes
-# make test   format, lint, types, tests
+# make demo    the main job on MovieLens-100K, in at most a few minutes
+# make test    format, lint, types, tests
+# make lint    format, lint, types
+# make format  put the format right
+# make clean   remove the environment and what was made
 # The environment is made once in .venv, and again only when pyproject.toml or constraints.txt change.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -9,10 +12,10 @@ READY := .venv/.ready
 # One thread per process: the comparison and the tests run several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test format clean
+.PHONY: help demo test lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python."; exit 1; }
@@ -24,10 +27,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/limaml demo --out runs/demo
 
-test: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+test: lint
 	$(BIN)/python -m pytest -n 2
 
 format: $(READY)

@@ -22,6 +22,11 @@ from limaml.interactions import Prepared
 
 __all__ = ["compare_command", "publish_results", "run_comparison"]
 
+NO_TIME = (
+    'There was no --time: "before" and "after" are those of a seeded shuffle, so these numbers do not say how well the '
+    "future is predicted."
+)
+
 
 def compare_command(
     file: Path,
@@ -87,8 +92,9 @@ def publish_results(
     out: Path, prepared: Prepared, config: Config, compared: Compared, summary: Summary, notes: Sequence[str] = ()
 ) -> None:
     """Write `metrics.json` and `report.html`, print the table and where the files are."""
-    write_metrics(summary, out / "metrics.json")
-    written = [out / "metrics.json"]
+    said = [*prepared.notes, *compared.notes, *notes]
+    write_metrics(summary, out / "metrics.json", notes=said)
+    written = [out / "metrics.json", out / "config.yaml", out / "schema.json"]
     try:
         write_report(
             out / "report.html",
@@ -96,16 +102,18 @@ def publish_results(
             compared.predictions,
             curves=compared.curves,
             embedding_map=compared.embedding_map,
-            notes=[*prepared.notes, *compared.notes, *notes],
+            notes=said,
             config=config.model_dump(mode="json"),
             environment=environment(),
             command=command_line(),
         )
         written.insert(0, out / "report.html")
     except MissingExtra as missing:
-        console.print(f"[yellow]No report.html: {missing}[/yellow]")
+        console.print(f"No report.html: {missing}", style="yellow", markup=False)
     heading("Results")
     console.print(rich_table(summary))
+    if prepared.schema.time is None:
+        console.print(NO_TIME, style="yellow")
     console.print()
     for path in written:
-        console.print(str(path), highlight=False)
+        console.print(str(path), markup=False, highlight=False)

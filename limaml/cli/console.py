@@ -20,7 +20,7 @@ from rich.progress import (
 from limaml.evaluate.compare import JobProgress
 from limaml.meta.outer import Progress as Training
 
-__all__ = ["comparing", "console", "counting", "errors", "heading", "say", "training"]
+__all__ = ["amount", "comparing", "console", "counting", "errors", "heading", "say", "training"]
 
 console = Console(soft_wrap=True, width=None if Console().is_terminal else 120)
 errors = Console(stderr=True, soft_wrap=True)
@@ -28,13 +28,22 @@ errors = Console(stderr=True, soft_wrap=True)
 
 def heading(text: str) -> None:
     """Begin a part of a command's output."""
-    console.print(f"\n[bold]{text}[/bold]")
+    console.print(f"\n{text}", style="bold", markup=False, highlight=False)
 
 
 def say(lines: Sequence[str]) -> None:
     """Print sentences, one a line."""
     for line in lines:
         console.print(f"  {line}", markup=False, highlight=False)
+
+
+def amount(size: float) -> str:
+    """A number of bytes for people: `17.7 KiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
 
 
 def _bars() -> Progress:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from rich.markup import escape
 from rich.table import Table
 
-from limaml.cli.console import console, say
+from limaml.cli.console import console, heading, say
 from limaml.interactions import catalog, read_table
 
 __all__ = ["data_app"]
@@ -39,16 +40,22 @@ def get(
     console.print(
         f"\nNext: limaml compare {found.interactions} --task {found.task} --row {found.row}{time} "
         f'--label "{found.label}"{features} --out runs/{name}',
+        markup=False,
         highlight=False,
     )
 
 
 @data_app.command
 def describe(files: list[Path], /) -> None:
-    """Show the columns of tables: types, distinct values, nulls, examples."""
+    """Show the columns of tables: types, distinct values, nulls, examples.
+
+    `limaml data describe ratings.parquet users.csv`
+
+    Next: `limaml compare` with the columns that you found.
+    """
     for file in files:
         frame = read_table(file)
-        console.print(f"\n[bold]{file}[/bold]: {frame.height:,} rows")
+        heading(f"{file}: {frame.height:,} rows")
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for column, justify in (("column", "left"), ("type", "left"), ("distinct", "right"), ("nulls", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -56,5 +63,6 @@ def describe(files: list[Path], /) -> None:
         for column in frame.columns:
             values = frame[column]
             examples = ", ".join(str(v) for v in values.drop_nulls().unique(maintain_order=True).head(4).to_list())
-            table.add_row(column, str(values.dtype), f"{values.n_unique():,}", f"{values.null_count():,}", examples)
+            cells = (column, str(values.dtype), f"{values.n_unique():,}", f"{values.null_count():,}", examples)
+            table.add_row(*map(escape, cells))
         console.print(table)

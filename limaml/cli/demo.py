@@ -10,7 +10,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from limaml.cli.compare import publish_results, run_comparison
-from limaml.cli.console import console, counting, heading, say
+from limaml.cli.console import counting, heading, say
 from limaml.cli.workspace import MODEL_NAME, Workspace
 from limaml.config import Config, load_config
 from limaml.embeddings import publish
@@ -71,7 +71,7 @@ def _score_from_store(place: Workspace, prepared: Prepared, config: Config, comp
     split = split_by_task_order(data, task, share=config.compare.test_share)
     support = TaskRows.of(data.index[task], data.count(task), split.support)
     place.write_data(prepared)
-    with place.store() as store:
+    with place.store(create=True) as store:
         with counting("embedding") as progress:
             published = publish(
                 store, MODEL_NAME, trained, place.model, data, {task: support}, note="demo", progress=progress
@@ -88,7 +88,7 @@ def _score_from_store(place: Workspace, prepared: Prepared, config: Config, comp
         raise LimamlError(
             f"Scores out of the store differ from those of training by up to {difference:.2e}; {TOLERANCE} is allowed."
         )
-    console.print(f"  Try: limaml recommend {place.folder} --task {data.ids[task][0]}", highlight=False)
+    say([f"Try: limaml recommend {place.folder} --task {data.ids[task][0]}"])
     return (
         f"{published.counts[task]:,} meta embeddings were published as version {published.version}; the {len(rows):,} warm "
         f"test rows of {KEPT}, seed 0, scored out of the store differ from training's own scores by at most {difference:.1e}."

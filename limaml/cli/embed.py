@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from limaml.cli.console import console, counting, say
+from limaml.cli.console import amount, console, counting, say
 from limaml.cli.workspace import MODEL_NAME, Workspace
 from limaml.embeddings import publish
 from limaml.embeddings.publish import dims_of
-from limaml.meta import load_model
 
 __all__ = ["embed_command"]
 
@@ -34,21 +34,26 @@ def embed_command(
     Next: `limaml recommend runs/mine --task 42`, `limaml score runs/mine rows.parquet`, `limaml store list runs/mine`.
     """
     place = Workspace(folder)
-    trained = load_model(place.model)
-    frame = place.joined(place.log(place.schema).read())
+    trained = place.trained
+    frame, dropped = place.joined(place.log(place.schema).read())
+    say([dropped] if dropped else [])
     data = trained.encoder.encode(frame)
     dims = dims_of(trained)
-    with place.store(store) as opened:
+    with place.store(store, create=True) as opened:
         counts = {name: data.count(name.removesuffix(".features")) for name in dims}
         estimate = opened.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
-        say([f"{estimate.keys:,} keys, about {estimate.bytes / 2**20:,.1f} MiB."])
+        say([f"{estimate.keys:,} keys, about {amount(estimate.bytes)}."])
         with counting("embedding") as progress:
             published = publish(
                 opened, MODEL_NAME, trained, place.model, data, dtype=dtype, note=note, progress=progress
             )
         expired = opened.expire(MODEL_NAME, keep)
     told = ", ".join(f"{count:,} {name}" for name, count in published.counts.items())
-    say([f"Version {published.version} is served: {told}; {published.bytes / 2**20:,.1f} MiB of keys and values."])
+    say([f"Version {published.version} is served: {told}; {amount(published.bytes)} of keys and values."])
     if expired.removed:
         say([f"Removed old versions: {', '.join(expired.removed)}."])
-    console.print(f"\nNext: limaml recommend {folder} --task {data.ids[trained.model.tasks[0]][0]}", highlight=False)
+    console.print(
+        f"\nNext: limaml recommend {folder} --task {quote(data.ids[trained.model.tasks[0]][0])}",
+        markup=False,
+        highlight=False,
+    )

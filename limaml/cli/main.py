@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError, version
 
 from cyclopts import App, CycloptsError
@@ -46,6 +47,7 @@ A first look at your own table needs no config:
 Then: train → embed → score or recommend → refresh. `limaml demo` shows it all on MovieLens-100K.
 `--debug` behind any command shows the traceback of an error.""",
     help_format="markdown",
+    suppress_keyboard_interrupt=False,
 )
 app.command(data_app)
 app.command(compare_command, name="compare")
@@ -77,6 +79,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as problem:
+        if debug or problem.filename is None:
+            raise
+        errors.print(
+            f"{problem.filename}: {problem.strerror}. Check the path, its permissions and the space left.",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+        sys.exit(2)
+    except BrokenProcessPool as problem:
+        if debug:
+            raise
+        errors.print(
+            f"A worker process died ({problem}), most likely for lack of memory. Use fewer at a time (--workers 1), or fewer "
+            "tasks (--max-tasks).",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         errors.print("Interrupted. What was written so far is kept; the same command goes on where it can.")
         sys.exit(130)

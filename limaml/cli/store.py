@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
+from rich.markup import escape
 from rich.table import Table
 
-from limaml.cli.console import console, say
+from limaml.cli.console import amount, console, say
 from limaml.cli.workspace import MODEL_NAME, Workspace
+from limaml.embeddings.publish import dims_of
+from limaml.interactions import task_keys
 from limaml.store import Store, open_store
 
 __all__ = ["store_app"]
@@ -24,9 +28,12 @@ store_app = App(name="store", help="Versions of embeddings: list, show, roll bac
 
 @contextmanager
 def _opened(where: str) -> Iterator[Store]:
-    folder = Path(where)
-    inside = folder / "store"
-    with open_store(inside if "://" not in where and inside.is_dir() else where, create=False) as store:
+    inside = Path(where) / "store"
+    if "://" not in where and (Path(where) / "model").is_dir():
+        opened = Workspace(Path(where)).store()
+    else:
+        opened = open_store(inside if "://" not in where and inside.is_dir() else where, create=False)
+    with opened as store:
         yield store
 
 
@@ -38,8 +45,8 @@ def list_versions(where: Where, /) -> None:
     """
     with _opened(where) as store:
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        for column in ("model", "version", "state", "created", "embeddings", "MiB", "watermark", "note"):
-            table.add_column(column, justify="right" if column in ("embeddings", "MiB", "watermark") else "left")
+        for column in ("model", "version", "state", "created", "embeddings", "size", "watermark", "note"):
+            table.add_column(column, justify="right" if column in ("embeddings", "size", "watermark") else "left")
         for model in store.models():
             current = store.current(model)
             for version in store.versions(model):
@@ -52,17 +59,13 @@ def list_versions(where: Where, /) -> None:
                     served,
                     version.created,
                     f"{counts:,}",
-                    f"{version.bytes / 2**20:.1f}",
+                    amount(version.bytes),
                     mark,
-                    version.note,
+                    escape(version.note),
                 )
         console.print(table)
         size = store.size()
-        say(
-            [
-                f"{size.keys:,} keys, {size.payload / 2**20:,.1f} MiB of them, {size.file_bytes / 2**20:,.1f} MiB on disk."
-            ]
-        )
+        say([f"{size.keys:,} keys, {amount(size.payload)} of keys and values, {amount(size.file_bytes)} on disk."])
 
 
 @store_app.command
@@ -97,8 +100,8 @@ def show(
             for pointer in store.history(model)[-10:]:
                 say([f"served since {pointer.at}: {pointer.version} ({pointer.reason})"])
             return
-        kind, colon, key = task.partition(":")
-        if not colon:
+        kind, _, key = task.partition(":")
+        if kind not in described.dims:
             kind, key = next(iter(described.dims)), task
         with store.read(model, described.id) as reader:
             found = reader.get(kind, [key])
@@ -137,7 +140,10 @@ def rollback(
 def expire(
     where: Where, /, *, keep: Annotated[int, Parameter(help="Ready versions to keep.")] = 3, model: Name = MODEL_NAME
 ) -> None:
-    """Remove old versions; never the served one, nor one that somebody reads."""
+    """Remove old versions; never the served one, nor one that somebody reads.
+
+    `limaml store expire runs/mine --keep 2`
+    """
     with _opened(where) as store:
         done = store.expire(model, keep)
         say([f"Removed: {', '.join(done.removed) or 'nothing'}."])
@@ -147,7 +153,10 @@ def expire(
 
 @store_app.command
 def verify(where: Where, /, *, version: str | None = None, model: Name = MODEL_NAME) -> None:
-    """Read a version back and compare counts and checksums."""
+    """Read a version back and compare counts and checksums.
+
+    `limaml store verify runs/mine`
+    """
     with _opened(where) as store:
         counts = store.verify(model, version)
         say([f"{count:,} of '{name}' are as they were written." for name, count in counts.items()])
@@ -158,22 +167,21 @@ def estimate(
     folder: Path,
     /,
     *,
-    tasks: Annotated[int | None, Parameter(help="Number of tasks (default: those in the log).")] = None,
-    dtype: str = "float32",
+    tasks: Annotated[int | None, Parameter(help="Number of tasks of each type (default: those in the log).")] = None,
+    dtype: Annotated[Literal["float32", "float16", "int8"], Parameter(help="How vectors are stored.")] = "float32",
 ) -> None:
-    """Size of a version before it is published."""
-    from limaml.embeddings.publish import dims_of
-    from limaml.interactions import task_keys
-    from limaml.meta import load_model
+    """Size of a version before it is published: keys and bytes, what the store adds included.
 
+    `limaml store estimate runs/mine --tasks 10000000 --dtype float16`
+    """
     place = Workspace(folder)
-    trained = load_model(place.model)
+    trained = place.trained
     dims = dims_of(trained)
     frame = place.log(place.schema).read() if tasks is None else None
     counts: dict[str, int] = {}
     for task in trained.encoder.schema.tasks:
         number = tasks if frame is None else len(task_keys(frame, task)[0])
         counts |= {name: number or 0 for name in dims if name.removesuffix(".features") == task.name}
-    with place.store() as store:
+    with tempfile.TemporaryDirectory() as scratch, open_store(Path(scratch) / "store") as store:
         found = store.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
-    say([f"{found.keys:,} keys, about {found.bytes / 2**20:,.1f} MiB."])
+    say([f"{found.keys:,} keys, about {amount(found.bytes)}."])

@@ -30,7 +30,10 @@ def train_command(
     data: DataOptions,
     out: Annotated[Path, Parameter(help="Run folder; the other verbs take it.")],
     config: Annotated[Path | None, Parameter(help="YAML file of settings.")] = None,
-    solver: Annotated[Literal["newton", "gradient"], Parameter(help="How the meta block is adapted.")] = "newton",
+    solver: Annotated[
+        Literal["newton", "gradient"] | None,
+        Parameter(help="How the meta block is adapted (default: adapt.solver of the config, else newton)."),
+    ] = None,
     validation: Annotated[float, Parameter(help="Share of each task's last rows held out to find the epochs.")] = 0.15,
     refit: Annotated[bool, Parameter(help="Train again on all rows for as many epochs as were found.")] = True,
 ) -> None:
@@ -44,14 +47,15 @@ def train_command(
 
     Next: `limaml embed runs/mine` publishes every task's meta embedding.
     """
-    settings = config_of(f"limaml_{solver}", load_config(config, overrides))
+    given = load_config(config, [*overrides, *([] if solver is None else [f"adapt.solver={solver}"])])
+    settings = config_of(f"limaml_{given.adapt.solver}", given)
     heading("Reading")
     prepared = read(file, data)
     say(prepared.notes)
     place = Workspace(out)
-    place.write_settings(settings, prepared.schema)
+    place.keep_interactions(prepared)
     _refuse_other_run(place, prepared, settings, validation, refit)
-    heading(f"Training ({solver})")
+    heading(f"Training ({settings.adapt.solver})")
     with training() as progress:
         done = train(
             prepared.frame,
@@ -62,14 +66,15 @@ def train_command(
             checkpoint=place.checkpoint,
             progress=progress,
         )
-    trained = done.save(place.model)
     place.write_data(prepared)
+    trained = done.save(place.model)
+    place.write_settings(settings, prepared.schema)
     shutil.rmtree(place.checkpoint, ignore_errors=True)
     best = done.search or done.history
     valid = best.epochs[best.best - 1].valid_loss if best.epochs else None
     said = "" if valid is None else f", validation loss {valid:.4f} at its best epoch {best.best}"
     say([f"Trained for {len(done.history.epochs)} epochs{said}.", f"Model {trained.digest[:12]} is in {place.model}."])
-    console.print(f"\nNext: limaml embed {out}", highlight=False)
+    console.print(f"\nNext: limaml embed {out}", markup=False, highlight=False)
 
 
 def _refuse_other_run(place: Workspace, prepared: Prepared, config: Config, validation: float, refit: bool) -> None:
@@ -81,12 +86,13 @@ def _refuse_other_run(place: Workspace, prepared: Prepared, config: Config, vali
     told |= {"data": content_digest(prepared.frame), "validation": validation, "refit": refit}
     mark = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     path = place.checkpoint / "run.sha256"
-    if path.exists() and path.read_text() != mark:
+    begun = path.exists() and any(entry.is_dir() for entry in place.checkpoint.iterdir())
+    if begun and path.read_text(encoding="utf-8") != mark:
         raise ConfigError(
             f"{place.checkpoint} holds the checkpoint of a run with other data or settings. Remove that folder to start "
             "anew, or use another --out."
         )
-    if path.exists():
-        console.print("  Going on from the checkpoint of a run that was interrupted.")
+    if begun:
+        say(["Going on from the checkpoint of a run that was interrupted."])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(mark)
+    path.write_text(mark, encoding="utf-8")

@@ -81,5 +81,5 @@ def search(
         + yaml.safe_dump(found.config.model_dump(mode="json", exclude_unset=True), sort_keys=False),
         encoding="utf-8",
     )
-    console.print(str(path), highlight=False)
+    console.print(str(path), markup=False, highlight=False)
     return found.config

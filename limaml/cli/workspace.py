@@ -1,7 +1,7 @@
 """The folder that verbs share: what was trained, on what, and where its embeddings are.
 
 DIR/config.yaml          the resolved config
-DIR/schema.json          what the columns mean
+DIR/schema.json          what the columns mean, for people; verbs read it from the model
 DIR/model/               the model folder
 DIR/log/                 all interactions, as they were read, each source once
 DIR/side/*.parquet       side tables, as they were read; side/tables.json names their keys
@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
 import yaml
 
+from limaml.cli.align import aligned
 from limaml.config import Config
-from limaml.errors import ConfigError, DataError
-from limaml.interactions import InteractionLog, Prepared, Schema, clean, join_tables
+from limaml.errors import ConfigError, DataError, StoreError
+from limaml.interactions import InteractionLog, Prepared, Schema, clean, join_tables, read_table
+from limaml.interactions.digest import content_digest
+from limaml.interactions.log_manifest import read_manifest
+from limaml.meta import TrainedModel, load_model
 from limaml.store import Store, open_store
 from limaml.types import ROW
 
@@ -44,14 +49,24 @@ class Workspace:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
 
+    @cached_property
+    def trained(self) -> TrainedModel:
+        """The model of the run."""
+        if not self.folder.is_dir():
+            raise ConfigError(
+                f"There is no run folder {self.folder}. Make one with: limaml train FILE … --out {self.folder}"
+            )
+        if not self.model.exists():
+            raise ConfigError(
+                f"{self.folder} has no model: it is no run folder, or training did not come to its end. Train one with: "
+                f"limaml train FILE … --out {self.folder}"
+            )
+        return load_model(self.model)
+
     @property
     def schema(self) -> Schema:
-        path = self.folder / "schema.json"
-        if not path.exists():
-            raise ConfigError(
-                f"{self.folder} is no run folder: it has no schema.json. Make one with: limaml train FILE … --out {self.folder}"
-            )
-        return Schema.model_validate_json(path.read_text(encoding="utf-8"))
+        """What the columns mean, as the model has it: schema.json is for people."""
+        return self.trained.encoder.schema
 
     def write_settings(self, config: Config, schema: Schema) -> None:
         """Keep the resolved config and the schema."""
@@ -60,10 +75,26 @@ class Workspace:
         (self.folder / "config.yaml").write_text(text, encoding="utf-8")
         (self.folder / "schema.json").write_text(schema.model_dump_json(indent=1), encoding="utf-8")
 
+    def keep_interactions(self, prepared: Prepared) -> None:
+        """Put the interactions as they were read into the log; refuse if it holds those of another source.
+
+        Rows of two sources in one log could be the same interactions twice, and a task would be adapted on both. What
+        `limaml refresh` has added stays: the model is trained again, and adapts on all that is known.
+        """
+        log = self.log(prepared.schema)
+        known = read_manifest(log.folder / "manifest.json")
+        if known is not None and known.appends and known.appends[0].digest != content_digest(prepared.interactions):
+            raise ConfigError(
+                f"{log.folder} holds {known.appends[0].rows} interactions that are not those given now, and the two cannot "
+                f"be mixed. Use another --out, or remove {self.folder}; new interactions for the model that is there are "
+                f"taken in by: limaml refresh {self.folder} FILE"
+            )
+        log.append(prepared.interactions)
+
     def write_data(self, prepared: Prepared) -> None:
         """Keep the interactions, the side tables and the candidates."""
         schema = prepared.schema
-        self.log(schema).append(prepared.interactions)
+        self.keep_interactions(prepared)
         side = self.folder / "side"
         side.mkdir(exist_ok=True)
         files = {}
@@ -72,27 +103,65 @@ class Workspace:
             table.write_parquet(side / files[key])
         (side / "tables.json").write_text(json.dumps(files), encoding="utf-8")
         if schema.row is not None:
-            own = [feature.column for feature in schema.features if feature.side == ROW]
-            joined = [
-                column
-                for column in prepared.tables.get(schema.row, pl.DataFrame()).columns
-                if column in prepared.frame.columns
-            ]
-            columns = list(dict.fromkeys([schema.row, *own, *joined]))
-            ordered = prepared.frame if schema.time is None else prepared.frame.sort(schema.time)
-            latest = ordered.select(columns).unique(schema.row, keep="last", maintain_order=True)
-            latest.write_parquet(self.folder / "candidates.parquet")
+            self._write_candidates(prepared.frame, schema)
+
+    def add_candidates(self, joined: pl.DataFrame) -> int:
+        """Take the row features of `joined` interactions in; the number of row ids that were not known before."""
+        schema = self.schema
+        path = self.folder / "candidates.parquet"
+        if schema.row is None or not path.exists():
+            return 0
+        known = pl.read_parquet(path)
+        fresh = _latest_rows(joined, schema, known.columns).cast(known.schema)
+        old = known.join(fresh.select(schema.row), on=schema.row, how="anti", maintain_order="left")
+        _write_parquet(pl.concat([old, fresh]), path)
+        return old.height + fresh.height - known.height
+
+    def _write_candidates(self, frame: pl.DataFrame, schema: Schema) -> None:
+        """Every row id with its latest features, and what else came in the table of rows (a title, say)."""
+        assert schema.row is not None
+        own = [feature.column for feature in schema.features if feature.side == ROW]
+        side = json.loads((self.folder / "side" / "tables.json").read_text(encoding="utf-8"))
+        table = pl.read_parquet_schema(self.folder / "side" / side[schema.row]) if schema.row in side else {}
+        columns = dict.fromkeys([schema.row, *own, *(column for column in table if column in frame.columns)])
+        _write_parquet(_latest_rows(frame, schema, list(columns)), self.folder / "candidates.parquet")
 
     def log(self, schema: Schema) -> InteractionLog:
         """The interaction log, partitioned by the first task."""
         return InteractionLog(self.folder / "log", list(schema.tasks[0].columns))
 
-    def joined(self, interactions: pl.DataFrame) -> pl.DataFrame:
-        """Interactions with the kept side tables joined and exact duplicates dropped, as in training."""
+    def add_features(self, key: str | None, table: Path) -> str:
+        """Add the rows of a side table whose keys the kept one lacks; what it has stays. Returns a sentence.
+
+        A known key keeps its features until the next training: else tasks that are not touched would no longer have the
+        embeddings that all data gives.
+        """
+        side = self.folder / "side"
+        files = json.loads((side / "tables.json").read_text(encoding="utf-8"))
+        if key is None or key not in files:
+            raise ConfigError(
+                f"The model in {self.folder} was trained without a table of features of '{key or 'rows'}', so {table} tells "
+                "it nothing. Leave the option out, or train again with that table."
+            )
+        columns = [key] if key in pl.read_parquet_schema(side / files[key]) else key.split("+")
+        kept = pl.read_parquet(side / files[key])
+        given, _ = aligned(read_table(table), dict(kept.schema), f"'{table}'")
+        if given.select(columns).is_duplicated().any():
+            raise DataError(f"'{table}' has several rows for one '{key}'. Keep one row for each.")
+        fresh = given.join(kept.select(columns), on=columns, how="anti", maintain_order="left")
+        _write_parquet(pl.concat([kept, fresh]), side / files[key])
+        known = given.height - fresh.height
+        rest = f"; {known:,} known ones keep the features they have until the next training" if known else ""
+        return f"Features of {fresh.height:,} new '{key}' were added{rest}."
+
+    def joined(self, interactions: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+        """Interactions with the kept side tables joined and exact duplicates dropped, as in training; and a sentence
+        that counts what was dropped, empty where nothing was."""
         side = self.folder / "side"
         files = json.loads((side / "tables.json").read_text(encoding="utf-8")) if side.exists() else {}
         frame = join_tables(interactions, {key: side / file for key, file in files.items()}).frame
-        return clean(frame, self.schema)[0]
+        kept, dropped = clean(frame, self.schema)
+        return kept, str(dropped) if dropped.total else ""
 
     def candidates(self) -> pl.DataFrame:
         """The latest features of every row id seen."""
@@ -104,6 +173,23 @@ class Workspace:
             )
         return pl.read_parquet(path)
 
-    def store(self, address: str | None = None) -> Store:
-        """The store of this workspace, or the one at `address`."""
-        return open_store(address or self.folder / "store")
+    def store(self, address: str | None = None, *, create: bool = False) -> Store:
+        """The store of this workspace, or the one at `address`; with `create`, one is made where there is none."""
+        if address is None and not create and not (self.folder / "store").is_dir():
+            raise StoreError(
+                f"{self.folder} has no store yet: nothing was published from it. Type: limaml embed {self.folder}"
+            )
+        return open_store(address or self.folder / "store", create=create)
+
+
+def _latest_rows(frame: pl.DataFrame, schema: Schema, columns: list[str]) -> pl.DataFrame:
+    """The latest interaction of each row id, reduced to `columns`."""
+    assert schema.row is not None
+    ordered = frame if schema.time is None else frame.sort(schema.time, maintain_order=True)
+    return ordered.select(columns).drop_nulls(schema.row).unique(schema.row, keep="last", maintain_order=True)
+
+
+def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    frame.write_parquet(part)
+    part.replace(path)

@@ -275,11 +275,12 @@ def summarise(
     )
 
 
-def write_metrics(summary: Summary, path: str | Path) -> None:
-    """Write `metrics.json`; the folder is made if need be."""
+def write_metrics(summary: Summary, path: str | Path, notes: Sequence[str] = ()) -> None:
+    """Write `metrics.json`; the folder is made if need be. `notes` are sentences that say what was chosen."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary.as_json(), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+    content = {**summary.as_json(), "notes": list(notes)} if notes else summary.as_json()
+    path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _pairs(methods: Sequence[str], baselines: Sequence[str]) -> Iterator[tuple[str, str]]:

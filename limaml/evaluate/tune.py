@@ -7,6 +7,7 @@ done, so that a search that was stopped goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from limaml.config import Config, parse_config
-from limaml.errors import LimamlError, require
+from limaml.errors import ConfigError, LimamlError, require
 from limaml.evaluate.compare import Job, start_worker, work
 from limaml.evaluate.methods import METHODS, check_methods
 from limaml.interactions import Schema
+from limaml.interactions.digest import content_digest
 
 __all__ = ["SPACE", "Trial", "Tuned", "tune"]
 
@@ -91,16 +95,20 @@ def tune(
 
     The first trial of every method is the config as it is. `record` is the file of finished trials; what it holds of these
     methods is not run again. Runs in `workers` processes of one thread. `progress` is called with (done, total, trial).
+    Raises `ConfigError` if `record` holds trials on other rows, with other features or from another config: their losses
+    cannot be compared.
     """
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_methods(config.compare.methods)
     methods = config.compare.methods
-    finished = [trial for trial in _read(record) if trial.method in methods]
+    problem = _fingerprint(table, schema, config)
+    finished = [trial for trial in _read(record, problem) if trial.method in methods]
     studies: dict[str, Any] = {}
     for method in methods:
+        before = sum(trial.method == method for trial in finished)  # else a resumed search would draw the same again
         sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=max(4, trials // 3), multivariate=False, constant_liar=True
+            seed=seed + 1000 * before, n_startup_trials=max(4, trials // 3), multivariate=False, constant_liar=True
         )
         studies[method] = optuna.create_study(sampler=sampler)
         for trial in finished:
@@ -141,7 +149,7 @@ def tune(
                         state = None if trial.loss is not None else optuna.trial.TrialState.FAIL
                         studies[method].tell(asked, trial.loss, state=state)
                     finished.append(trial)
-                    _append(record, trial)
+                    _append(record, trial, problem)
                     done += 1
                     if progress is not None:
                         progress(done, total, trial)
@@ -200,21 +208,41 @@ def _best_config(config: Config, methods: Sequence[str], trials: Sequence[Trial]
     return config
 
 
-def _read(record: Path) -> list[Trial]:
+def _fingerprint(table: Path, schema: Schema, config: Config) -> str:
+    """A hash of all that a validation loss depends on beside the settings of a trial."""
+    judged = config.compare.model_dump(mode="json", include={"protocols", "test_share", "validation_share"})
+    told: list[Any] = [SPACE, content_digest(pl.read_parquet(table)), schema.model_dump(mode="json"), judged]
+    told.append(config.model_dump(mode="json", exclude={"compare"}))
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(record: Path, problem: str) -> list[Trial]:
     if not record.exists():
         return []
     found = []
     for line in record.read_text(encoding="utf-8").splitlines():
         try:
-            trial = Trial(**json.loads(line))
-        except (json.JSONDecodeError, TypeError):
+            values = json.loads(line)
+            of = values.pop("problem", None)
+            trial = Trial(**values)
+        except (json.JSONDecodeError, TypeError, AttributeError):
             continue  # the line that was being written when the search was killed
+        if of != problem:
+            raise ConfigError(
+                f"{record} holds trials on other rows, with other features or from another config, so their losses cannot "
+                "be compared with those of this search. Use another folder, or remove that file."
+            )
         if trial.method in METHODS:
             found.append(trial)
     return found
 
 
-def _append(record: Path, trial: Trial) -> None:
+def _append(record: Path, trial: Trial, problem: str) -> None:
+    """Add a line; one that a killed search left half written is ended first."""
     record.parent.mkdir(parents=True, exist_ok=True)
-    with record.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(trial.__dict__) + "\n")
+    with record.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps({"problem": problem, **trial.__dict__}).encode() + b"\n")

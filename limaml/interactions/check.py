@@ -78,12 +78,14 @@ def check(
     until: Moment | None = None,
     now: datetime.datetime | None = None,
     sample: int = 100_000,
+    added: bool = False,
 ) -> CheckReport:
     """Look for everything that would spoil training on `frame`; nothing is changed and nothing is raised.
 
     `until` is the bound of a split: times after it are a problem. It is a number for a numeric time column, else a date
     or a datetime. `now` (default: the clock) does the same for datetimes and dates; numbers that look like an epoch
     are only remarked on, as their unit is a guess. `sample` rows are looked at for features that give the label away.
+    With `added`, the rows are a few that come to known ones: that all have the same label is no problem.
     """
     problems: list[Finding] = []
     remarks: list[Finding] = []
@@ -97,7 +99,7 @@ def check(
     if schema.time in present:
         found, said = check_times(frame, schema, until, now)
         problems, remarks = problems + found, remarks + said
-    found, said = check_labels(frame, schema)
+    found, said = check_labels(frame, schema, added)
     problems, remarks = problems + found, remarks + said
     for column in (schema.weight, schema.offset):
         if column in present:

@@ -101,7 +101,7 @@ def _microseconds(moment: datetime.date) -> int:
     return (moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)) // datetime.timedelta(microseconds=1)
 
 
-def check_labels(frame: pl.DataFrame, schema: Schema) -> Found:
+def check_labels(frame: pl.DataFrame, schema: Schema, added: bool = False) -> Found:
     problems: list[Finding] = []
     remarks: list[Finding] = []
     heads: list[pl.Series] = []
@@ -129,7 +129,7 @@ def check_labels(frame: pl.DataFrame, schema: Schema) -> Found:
                 f'in all. Use a rule such as "{label.column} >= {distinct[-1]:g}", or loss: squared.'
             )
             problems.append(Finding(text, label.column, row, int(odd.sum())))
-        elif len(distinct) == 1:
+        elif len(distinct) == 1 and not added:
             rule = "" if label.operator is None else f" The rule '{label.name}' holds for all rows or for none."
             text = f"Label '{label.name}' is {distinct[0]:g} in every row: there is nothing to learn.{rule}"
             if label.loss is LossKind.BINARY and distinct[0] == 1.0 and label.operator is None:

@@ -11,6 +11,7 @@ from limaml.meta.newton import NewtonSolver
 from limaml.meta.outer import Epoch, History, Learner, Progress, fit
 from limaml.meta.saved import TrainedModel, load_model, save_model
 from limaml.meta.train import Training, train
+from limaml.meta.warm import WarmStart, warm_start
 
 __all__ = [
     "CONSTANT",
@@ -30,10 +31,12 @@ __all__ = [
     "Progress",
     "TrainedModel",
     "Training",
+    "WarmStart",
     "build_global_block",
     "build_meta_model",
     "fit",
     "load_model",
     "save_model",
     "train",
+    "warm_start",
 ]

@@ -29,7 +29,14 @@ class SharedMasks:
         if self.seed is None:
             yield
             return
-        devices = [like.device] if like.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.seed)
+        generators = [torch.default_generator]  # not torch.random.fork_rng, which takes longer than a small block does
+        if like.device.type == "cuda":
+            generators.append(torch.cuda.default_generators[like.device.index or 0])
+        before = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(self.seed)
             yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
