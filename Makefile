@@ -2,6 +2,7 @@
 # make test    format, lint, types, tests
 # make lint    format, lint, types
 # make format  put the format right
+# make bench-engine  the engine against its peers, on one thread, about 10 minutes
 # make clean   remove the environment and what was made
 # The environment is made once in .venv, and again only when pyproject.toml or constraints.txt change.
 
@@ -12,7 +13,7 @@ READY := .venv/.ready
 # One thread per process: the comparison and the tests run several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format bench-engine clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,6 +39,10 @@ test: lint
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-engine: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.engine
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache
