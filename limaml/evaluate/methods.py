@@ -94,7 +94,7 @@ _Run = Callable[[Problem, Config, Callable[[Progress], None] | None], Fitted]
 METHODS: Mapping[str, tuple[_Run, Mapping[str, Mapping[str, object]]]] = {
     "base": (_plain(with_ids=False), {}),
     "wide_and_deep": (_plain(with_ids=True), {}),
-    # A linear meta block adapts better by gradient steps than a deep one, on every set that was tried.
+    # By gradient steps a linear meta block adapts better than a deep one (docs/decisions.md).
     "limaml_gradient": (_limaml, {"adapt": {"solver": "gradient", "steps": 3}, "model": {"meta_hidden": ()}}),
     "limaml_newton": (_limaml, {"adapt": {"solver": "newton", "steps": 2}}),
 }

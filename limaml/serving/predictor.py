@@ -150,6 +150,11 @@ class Predictor:
         `score_cold` and `rank_cold` without, best first.
         """
         task = self.trained.encoder.schema.tasks[0]
+        taken = [name for name in ("score", "rank", "score_cold", "rank_cold") if name in candidates.columns]
+        if taken:
+            raise DataError(
+                f"The candidates have columns of their own called {taken}, as the ranking's are. Rename them."
+            )
         parts = split_key(str(key), len(task.columns))
         asked = candidates.with_columns(
             [pl.lit(part).alias(column) for part, column in zip(parts, task.columns, strict=True)]
