@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from pydantic import ValidationError
 
-from limaml.interactions import Prepared, prepare
+from limaml.errors import ConfigError
+from limaml.interactions import Prepared, Schema, prepare
 
 __all__ = ["DataOptions", "read"]
 
@@ -44,6 +46,10 @@ class DataOptions:
     exclude: Annotated[
         list[str] | None, Parameter(help="Column that must not become a feature. Repeat for more.", negative=())
     ] = None
+    schema: Annotated[
+        Path | None,
+        Parameter(help="A schema.json to use in place of what would be found: the one a run wrote, edited by hand."),
+    ] = None
     max_tasks: Annotated[int | None, Parameter(help="Use a seeded sample of at most so many tasks.")] = None
     data_seed: Annotated[int, Parameter(help="Seed of that sample, and of the shuffle where there is no time.")] = 0
 
@@ -60,6 +66,25 @@ def read(file: Path, options: DataOptions) -> Prepared:
         row_features=options.row_features,
         weight=options.weight,
         exclude=options.exclude or (),
+        schema=None if options.schema is None else _schema(options.schema, options),
         max_tasks=options.max_tasks,
         seed=options.data_seed,
     )
+
+
+def _schema(path: Path, options: DataOptions) -> Schema:
+    """The schema in a file, which must mean the same tasks, row and time as the options do."""
+    try:
+        schema = Schema.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no schema file '{path}'.") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is no schema: {error}") from error
+    named = [task.name for task in schema.tasks], [label.name for label in schema.labels], schema.row, schema.time
+    asked = options.task, options.label, options.row, options.time
+    for what, has, wanted in zip(("task", "label", "row", "time"), named, asked, strict=True):
+        if has != wanted:
+            raise ConfigError(
+                f"The schema '{path}' has {what} {has!r}, but the command says {wanted!r}. Make them agree."
+            )
+    return schema
