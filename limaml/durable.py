@@ -74,10 +74,12 @@ def _rename_exchange(one: Path, other: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Flush a file's bytes, or a directory's list of names, to the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no directories, and syncs them by itself
-        return
+    mode = os.O_RDONLY
+    if sys.platform == "win32":
+        if path.is_dir():
+            return  # a directory cannot be opened there
+        mode = os.O_RDWR  # only what is open for writing is flushed there
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:

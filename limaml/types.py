@@ -103,6 +103,10 @@ class Interactions:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    def labelled_weight(self, rows: Tensor) -> float:
+        """Sum of the weights of those of the rows `[n]` that have a label: what a mean loss is divided by."""
+        return float((self.weights[rows] * self.labels[rows].isfinite().any(1)).sum())
+
     def count(self, side: str) -> int:
         """Number of distinct entries of `side`."""
         if side in self.ids:

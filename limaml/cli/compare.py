@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from limaml.cli.console import comparing, console, heading, say
 from limaml.cli.environment import command_line, environment
 from limaml.cli.options import DataOptions, read
+from limaml.cli.tune import search
 from limaml.cli.workspace import Workspace
 from limaml.config import Config, load_config
 from limaml.errors import MissingExtra
@@ -61,8 +62,6 @@ def compare_command(
     say(prepared.notes)
     dataset = name or (file.parent.name if file.stem == "interactions" and file.parent.name else file.stem)
     if tune:
-        from limaml.cli.tune import search
-
         settings = search(prepared, settings, dataset, out, tune, workers)
     compared, summary = run_comparison(prepared, settings, dataset, out, workers=workers)
     publish_results(out, prepared, settings, compared, summary)

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from limaml.cli.console import amount, console, counting, say
 from limaml.cli.workspace import MODEL_NAME, Workspace
 from limaml.embeddings import publish
+from limaml.embeddings.features import task_of
 from limaml.embeddings.publish import dims_of
 
 __all__ = ["embed_command"]
@@ -40,7 +41,7 @@ def embed_command(
     data = trained.encoder.encode(frame)
     dims = dims_of(trained)
     with place.store(store, create=True) as opened:
-        counts = {name: data.count(name.removesuffix(".features")) for name in dims}
+        counts = {name: data.count(task_of(name)) for name in dims}
         estimate = opened.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
         say([f"{estimate.keys:,} keys, about {amount(estimate.bytes)}."])
         with counting("embedding") as progress:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from limaml.cli.console import amount, console, say
 from limaml.cli.workspace import MODEL_NAME, Workspace
+from limaml.embeddings.features import task_of
 from limaml.embeddings.publish import dims_of
 from limaml.interactions import task_keys
 from limaml.store import Store, open_store
@@ -51,7 +52,7 @@ def list_versions(where: Where, /) -> None:
             current = store.current(model)
             for version in store.versions(model):
                 served = "served" if version.id == current else version.state
-                counts = sum(count for name, count in version.counts.items() if not name.endswith(".features"))
+                counts = sum(count for name, count in version.counts.items() if task_of(name) == name)
                 mark = "" if version.watermark is None else str(version.watermark)
                 table.add_row(
                     model,
@@ -181,7 +182,7 @@ def estimate(
     counts: dict[str, int] = {}
     for task in trained.encoder.schema.tasks:
         number = tasks if frame is None else len(task_keys(frame, task)[0])
-        counts |= {name: number or 0 for name in dims if name.removesuffix(".features") == task.name}
+        counts |= {name: number or 0 for name in dims if task_of(name) == task.name}
     with tempfile.TemporaryDirectory() as scratch, open_store(Path(scratch) / "store") as store:
         found = store.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
     say([f"{found.keys:,} keys, about {amount(found.bytes)}."])

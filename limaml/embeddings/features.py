@@ -16,14 +16,20 @@ from torch import Tensor
 from limaml.errors import ModelError
 from limaml.types import FeatureKind, Features, FeatureSpec
 
-__all__ = ["feature_width", "features_type", "pack_features", "unpack_features"]
+__all__ = ["feature_width", "features_type", "pack_features", "task_of", "unpack_features"]
 
 EXACT = 2**24
+_SUFFIX = ".features"
 
 
 def features_type(task: str) -> str:
     """The task type under which the features of `task` are stored."""
-    return f"{task}.features"
+    return task + _SUFFIX
+
+
+def task_of(name: str) -> str:
+    """The task that a stored task type belongs to: the inverse of `features_type`, or the task itself."""
+    return name.removesuffix(_SUFFIX)
 
 
 def _width(spec: FeatureSpec) -> int:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from limaml.embeddings.features import feature_width, features_type, pack_features
 from limaml.embeddings.generate import Generated, generate
 from limaml.errors import DataError
-from limaml.meta.blocks import CONSTANT
 from limaml.meta.saved import TrainedModel
 from limaml.store.contract import Published, Store
 from limaml.tasks import TaskRows
@@ -107,6 +106,6 @@ def publish(
 @torch.no_grad()
 def cold_vector(trained: TrainedModel, task: str) -> NDArray[np.float32]:
     """The cold embedding `[dim]` of a task of which nothing is known."""
-    features = trained.encoder.unknown_features(task)
-    features[CONSTANT] = torch.ones(1, 1, dtype=trained.model.dtype)
-    return trained.model.meta_blocks[task](features)[0].float().numpy()  # type: ignore[no-any-return]
+    z = trained.model.cold_of(task, trained.encoder.unknown_features(task), torch.arange(1))
+    vector: NDArray[np.float32] = z[0].float().numpy()
+    return vector

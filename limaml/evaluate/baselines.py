@@ -120,9 +120,7 @@ class PlainLearner:
         )
 
     def loss(self, batch: Tensor) -> tuple[Tensor, float]:
-        losses = self._row_losses(batch)
-        known = self.data.labels[batch].isfinite().any(1)
-        return losses.sum(), float((self.data.weights[batch] * known).sum())
+        return self._row_losses(batch).sum(), self.data.labelled_weight(batch)
 
     def _row_losses(self, batch: Tensor) -> Tensor:
         logits = self.model.logits(self.data, batch, self.known)
@@ -152,8 +150,6 @@ class PlainLearner:
             return None
         rows = self.validation.test.nonzero().flatten()
         device = self.model.device
-        labels, weights = self.data.labels[rows], self.data.weights[rows]
-        known = labels.isfinite().any(1)
-        losses = self.model.losses.loss(self.predict(rows).to(device), labels.to(device), weights.to(device))
-        loss = float(losses.sum())
-        return loss / max(float((self.data.weights[rows] * known).sum()), 1e-12)
+        labels, weights = self.data.labels[rows].to(device), self.data.weights[rows].to(device)
+        losses = self.model.losses.loss(self.predict(rows).to(device), labels, weights)
+        return float(losses.sum()) / max(self.data.labelled_weight(rows), 1e-12)

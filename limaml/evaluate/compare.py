@@ -11,7 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty
@@ -105,7 +105,7 @@ def _load(path: str, schema: str) -> tuple[pl.DataFrame, Schema, Interactions]:
 
 
 @lru_cache(maxsize=3)
-def _problem(path: str, schema: str, protocol: str, seed: int, config: str, validated: bool) -> tuple[Problem, Encoder]:
+def _problem(path: str, schema: str, protocol: str, seed: int, config: str) -> tuple[Problem, Encoder]:
     """Rows, split and encoding of one (protocol, seed), kept between the jobs of a worker."""
     frame, parsed, plain = _load(path, schema)
     settings = CompareConfig.model_validate_json(config)
@@ -116,7 +116,6 @@ def _problem(path: str, schema: str, protocol: str, seed: int, config: str, vali
             f"Protocol '{protocol}' leaves no rows to {'judge' if bool(split.train.any()) else 'train'} on: there are "
             f"{len(plain)} rows of {plain.count(task)} tasks of type '{task}'. More rows per task are needed."
         )
-    validation = _validation(plain, task, split, seed, settings) if validated else None
     encoder = Encoder.fit(frame, parsed, split.train)
     data = encoder.encode(frame)
     rows = split.test.nonzero().flatten()
@@ -125,14 +124,15 @@ def _problem(path: str, schema: str, protocol: str, seed: int, config: str, vali
     order = torch.sort(owner, stable=True).indices
     check_no_leak(data, task, grouped.of_tasks(tasks), Rows(rows[order], owner[order]), tasks)
     losses = tuple(label.loss for label in parsed.labels)
-    return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split, validation), encoder
+    return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split), encoder
 
 
 def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: Callable[[Progress], None]) -> Answer:
     settings = parse_config(json.loads(config))
-    problem, encoder = _problem(
-        path, schema, job.protocol, job.seed, settings.compare.model_dump_json(), job.epochs is None
-    )
+    problem, encoder = _problem(path, schema, job.protocol, job.seed, settings.compare.model_dump_json())
+    if job.epochs is None:
+        held = _validation(problem.data, problem.tasks[0], problem.split, job.seed, settings.compare)
+        problem = replace(problem, validation=held)
     fitted = fit_method(job.method, problem, settings, seed=job.seed, epochs=job.epochs, progress=progress)
     epochs = fitted.history.epochs
     valid = [epoch.valid_loss for epoch in epochs]

@@ -83,10 +83,7 @@ def _limaml(problem: Problem, config: Config, progress: Callable[[Progress], Non
     for task in model.tasks:
         grouped = TaskRows.of(data.index[task], data.count(task), split.support)
         embeddings[task] = model.embed(data, task, grouped)
-    with torch.no_grad():
-        parts = [model.logits(data, part, embeddings) for part in torch.split(rows, 65536)]
-    logits = torch.cat(parts) if parts else torch.zeros(0, len(problem.losses))
-    return Fitted(model.losses.outputs(logits), rows, history, model, embeddings)
+    return Fitted(model.losses.outputs(model.predict(data, rows, embeddings)), rows, history, model, embeddings)
 
 
 _Run = Callable[[Problem, Config, Callable[[Progress], None] | None], Fitted]

@@ -1,4 +1,4 @@
-"""Files that survive a crash: atomic replacement, syncing, and one writer at a time."""
+"""Files that survive a crash: atomic replacement, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from limaml.durable import sync
 from limaml.errors import StoreError
 
-__all__ = ["file_sha256", "locked", "sync_file", "sync_folder", "write_atomically"]
+__all__ = ["file_sha256", "locked", "write_atomically"]
 
 
 def file_sha256(path: Path) -> str:
@@ -21,33 +22,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_file(path: Path) -> None:
-    """Return when the file's content is on the disk and not only in the system's memory."""
-    with path.open("r+b") as file:  # Windows syncs only what is open for writing
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Return when the names in a folder are on the disk."""
-    if sys.platform == "win32":
-        return  # a folder cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path`: whoever opens it, at any moment and after any crash, finds the old content or the new."""
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         new.write_bytes(content)
-        sync_file(new)
+        sync(new)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from limaml.errors import DataError
 from limaml.interactions.columns import Codes, factorise, is_list, is_number, missing_column, show, without_nan
 from limaml.interactions.index import label_values
 from limaml.interactions.infer_kinds import Left, choose_kind
-from limaml.interactions.schema import Feature, Label, Schema, Task, parse_rule
+from limaml.interactions.schema import Feature, Label, Schema, Task, parse_rule, parse_task
 from limaml.types import ROW, FeatureKind, LossKind
 
 __all__ = ["Inferred", "infer_schema"]
@@ -59,7 +59,7 @@ def infer_schema(
     from the task to its columns), `row_columns` to describe the rows; the side of all others is found. `exclude` names
     columns that must not become features. Raises one `DataError` for all columns named here that do not exist.
     """
-    tasks = [_task(text, frame.columns) for text in ([task] if isinstance(task, str) else task)]
+    tasks = [parse_task(text, frame.columns) for text in ([task] if isinstance(task, str) else task)]
     texts = [label] if isinstance(label, str) else list(label)
     if not tasks or not texts:
         raise DataError("A schema needs at least one task and one label; name their columns.")
@@ -112,12 +112,6 @@ def infer_schema(
         seed=seed,
     )
     return Inferred(schema, tuple(notes))
-
-
-def _task(text: str, columns: Sequence[str]) -> Task:
-    if text in columns or "+" not in text:
-        return Task.model_validate(text)
-    return Task(name=text, columns=tuple(part.strip() for part in text.split("+")))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,13 +7,16 @@ backslash inside a part is escaped by a backslash, so that keys can be taken apa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from limaml.errors import DataError
 from limaml.interactions.columns import Codes, canonical_text, factorise, missing_column
-from limaml.interactions.schema import Task
+
+if TYPE_CHECKING:  # the schema brings torch, which those who only name tasks (the log) do without
+    from limaml.interactions.schema import Task
 
 __all__ = ["join_key", "split_key", "task_keys"]
 

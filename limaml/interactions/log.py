@@ -21,9 +21,11 @@ from pathlib import Path
 
 import polars as pl
 
+from limaml.durable import sync
 from limaml.errors import ConfigError, DataError
-from limaml.interactions.atomic_files import file_sha256, locked, sync_file, sync_folder
+from limaml.interactions.atomic_files import file_sha256, locked
 from limaml.interactions.digest import ContentDigest
+from limaml.interactions.keys import join_key
 from limaml.interactions.log_manifest import Append, File, Manifest, read_manifest, same_append, write_manifest
 
 __all__ = ["Appended", "InteractionLog", "task_bucket"]
@@ -47,13 +49,8 @@ def task_bucket(key: Sequence[str | int] | str | int, buckets: int) -> int:
     `key` is the task's id, or the ids of a task that several columns name. What is hashed is the task's key as the
     store knows it: an integer as decimal digits, several parts joined by `|`.
     """
-    parts = [key] if isinstance(key, str | int) else list(key)
-    text = str(parts[0]) if len(parts) == 1 else "|".join(_escaped(str(part)) for part in parts)
+    text = join_key([str(part) for part in ([key] if isinstance(key, str | int) else key)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % buckets
-
-
-def _escaped(part: str) -> str:
-    return part.replace("\\", "\\\\").replace("|", "\\|")
 
 
 class InteractionLog:
@@ -177,8 +174,8 @@ class InteractionLog:
             self._remove_orphans(manifest)
             return Appended(rows, 0, rows, found.digest)
         for bucket in {file.bucket for file in files}:
-            sync_folder(self.folder / "data" / _bucket_name(bucket))
-        sync_folder(self.folder / "data")
+            sync(self.folder / "data" / _bucket_name(bucket))
+        sync(self.folder / "data")
         appends, all_files = (*manifest.appends, found), (*manifest.files, *files)
         new = Manifest(manifest.task_columns, manifest.buckets, appends, all_files, types)
         write_manifest(self._manifest_path, new)
@@ -339,7 +336,7 @@ class InteractionLog:
             path = self.folder / "data" / _bucket_name(bucket) / f"{stem}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_parquet(path, compression="zstd", statistics=True)
-            sync_file(path)
+            sync(path)
             files.append(
                 File(
                     path.relative_to(self.folder).as_posix(),

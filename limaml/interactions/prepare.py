@@ -14,7 +14,7 @@ from limaml.interactions.infer import infer_schema
 from limaml.interactions.join import join_tables
 from limaml.interactions.keys import task_keys
 from limaml.interactions.readers import Source, read_table
-from limaml.interactions.schema import Schema, Task
+from limaml.interactions.schema import Schema, parse_task
 
 __all__ = ["Prepared", "prepare", "sample_tasks"]
 
@@ -90,8 +90,7 @@ def prepare(
 
 def sample_tasks(frame: pl.DataFrame, task: str, most: int, seed: int) -> tuple[pl.DataFrame, list[str]]:
     """All rows of a seeded sample of at most `most` tasks, and a sentence that says so."""
-    columns = (task,) if task in frame.columns or "+" not in task else tuple(part.strip() for part in task.split("+"))
-    keys, codes = task_keys(frame, Task(name=task, columns=columns))
+    keys, codes = task_keys(frame, parse_task(task, frame.columns))
     if len(keys) <= most:
         return frame, []
     chosen = np.zeros(len(keys), dtype=bool)

@@ -7,13 +7,14 @@ by reading a file. Everything fitted (vocabularies, scalings) lives in the `Enco
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from limaml.types import ROW, FeatureKind, LossKind
 
-__all__ = ["Feature", "Label", "Schema", "Task", "parse_rule"]
+__all__ = ["Feature", "Label", "Schema", "Task", "parse_rule", "parse_task"]
 
 Operator = Literal[">=", ">", "<=", "<", "==", "!="]
 _RULE = re.compile(r"^\s*(?P<column>.+?)\s*(?P<operator>>=|<=|==|!=|>|<)\s*(?P<value>.+?)\s*$")
@@ -73,6 +74,13 @@ def parse_rule(text: str) -> dict[str, object]:
     except ValueError:
         value = {"true": True, "false": False}.get(raw.lower(), raw.strip("'\""))
     return {"name": text.strip(), "column": match["column"], "operator": match["operator"], "value": value}
+
+
+def parse_task(text: str, columns: Sequence[str]) -> Task:
+    """`"user_id"` → the task that this column names; `"user_id+type"`, if no column is called so, a compound key."""
+    if text in columns or "+" not in text:
+        return Task.model_validate(text)
+    return Task(name=text, columns=tuple(part.strip() for part in text.split("+")))
 
 
 class Feature(_Frozen):

@@ -9,12 +9,7 @@ from torch.func import functional_call
 
 from limaml.types import Features
 
-__all__ = ["adapted_parameters", "call_with", "frozen_modules", "layer_of", "places_of", "structure_of"]
-
-
-def frozen_modules(block: nn.Module) -> list[str]:
-    """Names of the embedding tables. They are inputs of the inner loop: trained by the outer loop alone."""
-    return [name for name, module in block.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+__all__ = ["adapted_parameters", "call_with", "layer_of", "places_of", "structure_of"]
 
 
 def adapted_parameters(block: nn.Module) -> dict[str, nn.Parameter]:

@@ -38,6 +38,7 @@ class MetaLearner:
     ) -> None:
         self.module: nn.Module = model
         self.model, self.data, self.config, self.validation = model, data, config, validation
+        self.train = train
         self.grouped = {task: TaskRows.of(data.index[task], data.count(task), train) for task in model.tasks}
         self.weight = float(data.weights[train].sum())
         model.losses.standardise(data.labels[train], data.weights[train])
@@ -68,21 +69,15 @@ class MetaLearner:
     def _adapt_others(self, coin: Tensor | None) -> None:
         """Embeddings of every task on each part of the rows, as of now: what the other types' queries are scored with."""
         for task, grouped in self.grouped.items():
-            for side in (True, False) if coin is not None else (None,):
-                if side is None:
-                    part = grouped
-                else:
-                    assert coin is not None
-                    mask = torch.zeros_like(coin)
-                    mask[grouped.rows] = True
-                    part = TaskRows.of(self.data.index[task], self.data.count(task), mask & (coin == side))
+            parts: dict[bool | None, TaskRows] = {None: grouped}
+            if coin is not None:
+                index, entries = self.data.index[task], self.data.count(task)
+                parts = {side: TaskRows.of(index, entries, self.train & (coin == side)) for side in (True, False)}
+            for side, part in parts.items():
                 self._others[task, side] = self.model.embed(self.data, task, part)
 
     def loss(self, batch: MetaBatch) -> tuple[Tensor, float]:
-        rows = batch.batch.query
-        losses = self._row_losses(batch)
-        known = self.data.labels[rows.rows].isfinite().any(1)
-        return losses.sum(), float((self.data.weights[rows.rows] * known).sum())
+        return self._row_losses(batch).sum(), self.data.labelled_weight(batch.batch.query.rows)
 
     def _row_losses(self, batch: MetaBatch) -> Tensor:
         task, tasks = batch.task, batch.batch.tasks
@@ -113,7 +108,7 @@ class MetaLearner:
 
 
 @torch.no_grad()
-def mean_loss(model: MetaModel, data: Interactions, split: Split, rows_per_chunk: int = 65536) -> float:
+def mean_loss(model: MetaModel, data: Interactions, split: Split) -> float:
     """Mean loss of the split's test rows, every task adapted on its support."""
     tables = {}
     rows = split.test.nonzero().flatten()
@@ -124,12 +119,6 @@ def mean_loss(model: MetaModel, data: Interactions, split: Split, rows_per_chunk
         table = found.new_zeros(data.count(task), found.shape[1])
         table[wanted] = found
         tables[task] = table
-    total, weight = 0.0, 0.0
-    for part in torch.split(rows, rows_per_chunk):
-        logits = model.logits(data, part, tables)
-        known = data.labels[part].isfinite().any(1)
-        total += float(
-            model.losses.loss(logits, data.labels[part].to(model.device), data.weights[part].to(model.device)).sum()
-        )
-        weight += float((data.weights[part] * known).sum())
-    return total / max(weight, 1e-12)
+    labels, weights = data.labels[rows].to(model.device), data.weights[rows].to(model.device)
+    losses = model.losses.loss(model.predict(data, rows, tables), labels, weights)
+    return float(losses.sum()) / max(data.labelled_weight(rows), 1e-12)

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from limaml.config import Adaptation
 from limaml.errors import ModelError
 from limaml.meta.adapted import structure_of
+from limaml.meta.blocks import CONSTANT
 from limaml.meta.engine import Engine
 from limaml.meta.gradient import GradientSolver
 from limaml.meta.loop import Loop
@@ -29,7 +30,7 @@ from limaml.meta.losses import Losses
 from limaml.meta.lowrank import LowRank
 from limaml.meta.newton import NewtonSolver
 from limaml.meta.proof import Unsupported, prove, refuse_unused
-from limaml.meta.support import Held, RowScorer, Support, naming_shapes, side_features
+from limaml.meta.support import Held, RowScorer, Support, naming_shapes, take
 from limaml.meta.vmapped import Vmap
 from limaml.tasks import TaskRows
 from limaml.types import Features, Interactions, LossKind, Rows
@@ -121,11 +122,20 @@ class MetaModel(nn.Module):
 
     def features_of(self, data: Interactions, task: str, tasks: Tensor) -> Features:
         """What the meta block of `task` is given for the entries `tasks` `[n]`."""
-        return side_features(data, task, tasks, self.dtype, self.device)
+        return self._input(data.sides.get(task, {}), tasks)
+
+    def _input(self, table: Features, entries: Tensor) -> Features:
+        """The entries of a table of task features, with the constant that every meta block is given."""
+        constant = torch.ones(len(entries), 1, dtype=self.dtype, device=self.device)
+        return {**take(table, entries, self.dtype, self.device), CONSTANT: constant}
 
     def cold(self, data: Interactions, task: str, tasks: Tensor) -> Tensor:
         """Cold embeddings `[tasks, dim]`: the un-adapted meta block on the tasks' own features."""
-        features = self.features_of(data, task, tasks)
+        return self.cold_of(task, data.sides.get(task, {}), tasks)
+
+    def cold_of(self, task: str, table: Features, tasks: Tensor) -> Tensor:
+        """Cold embeddings `[tasks, dim]` of the entries `tasks` of a table of encoded features."""
+        features = self._input(table, tasks)
         block, shape = self.meta_blocks[task], (len(tasks), self.dims[task])
         with naming_shapes(f"The meta block {type(block).__name__} of '{task}'", lambda: features):
             z: Tensor = block(features)
@@ -229,21 +239,24 @@ class MetaModel(nn.Module):
         data: Interactions,
         rows: Tensor,
         embeddings: Mapping[str, Tensor],
-        *,
-        of: Tensor | None = None,
     ) -> Tensor:
-        """Logits `[n, heads]` of the rows `[n]`, with the embeddings of every entry of each task type `[entries, dim]`.
-
-        `of` replaces the rows' own entries of the first task type: whose embedding each row is scored with.
-        """
+        """Logits `[n, heads]` of the rows `[n]`, with the embeddings of every entry of each task type `[entries, dim]`."""
         task = self.tasks[0]
         missing = [name for name in self.tasks if name not in embeddings]
         if missing:
             raise ModelError(f"Scoring needs the meta embeddings of every task type; {missing} are missing.")
-        distinct, owner = torch.unique(data.index[task][rows] if of is None else of, return_inverse=True)
+        distinct, owner = torch.unique(data.index[task][rows], return_inverse=True)
         held: Held = {name: embeddings[name].__getitem__ for name in self.tasks if name != task}
         scorer = RowScorer(self.global_block, data, task, distinct, Rows(rows, owner), held)
         return scorer.logits(embeddings[task][distinct])
+
+    @torch.no_grad()
+    def predict(
+        self, data: Interactions, rows: Tensor, embeddings: Mapping[str, Tensor], *, rows_per_chunk: int = 65536
+    ) -> Tensor:
+        """`logits` without gradients, in chunks of bounded memory."""
+        parts = [self.logits(data, part, embeddings) for part in torch.split(rows, rows_per_chunk)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.losses.heads, dtype=self.dtype, device=self.device)
 
 
 @contextmanager

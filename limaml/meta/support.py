@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from limaml.errors import LimamlError, ModelError
-from limaml.meta.blocks import CONSTANT, add_parts
+from limaml.meta.blocks import add_parts
 from limaml.meta.losses import Losses
 from limaml.meta.masks import SharedMasks
 from limaml.meta.segments import Segments
 from limaml.types import CutBlock, Features, Interactions, Parts, Rows, embedding_name
 
-__all__ = ["Held", "RowScorer", "Support", "gather_parts", "naming_shapes", "side_features", "take"]
+__all__ = ["Held", "RowScorer", "Support", "gather_parts", "naming_shapes", "take"]
 
 Held = Mapping[str, Callable[[Tensor], Tensor]]
 """Task type → embeddings `[n, dim]` of the given entries `[n]` of its table: what the *other* task types are held at."""
@@ -47,15 +47,6 @@ def naming_shapes(what: str, features: Callable[[], Features]) -> Iterator[None]
     except Exception as error:
         shapes = ", ".join(f"{name} {list(values.shape)} {values.dtype}" for name, values in features().items())
         raise ModelError(f"{what} failed: {type(error).__name__}: {error} It was given: {shapes}.") from error
-
-
-def side_features(
-    data: Interactions, side: str, entries: Tensor, dtype: torch.dtype, device: torch.device | None = None
-) -> Features:
-    """The features of a task type's entries `[n]`, with the constant that every meta block is given."""
-    features = take(data.sides.get(side, {}), entries, dtype, device)
-    features[CONSTANT] = torch.ones(len(entries), 1, dtype=dtype, device=device)
-    return features
 
 
 def gather_parts(parts: Parts, index: Tensor) -> Parts:

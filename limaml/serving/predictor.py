@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,6 @@ from limaml.config import Config
 from limaml.embeddings.features import feature_width, features_type, unpack_features
 from limaml.errors import DataError
 from limaml.interactions import Encoder, split_key, task_keys
-from limaml.meta.blocks import CONSTANT
 from limaml.meta.model import MetaModel
 from limaml.meta.saved import TrainedModel, load_model
 from limaml.store.contract import Reader, Store
@@ -32,6 +31,23 @@ class Scores:
     predictions: NDArray[np.float32]  # [n, heads] probabilities (binary) or values (squared)
     known: NDArray[np.bool_]  # [n]: every task of the row was in the store
     version: str
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Rows ready to be scored, with the embeddings of their tasks: all from one version."""
+
+    model: MetaModel
+    data: Interactions
+    personal: Mapping[str, Tensor]  # task type → [tasks, dim]; cold where the store does not know the task
+    cold: Mapping[str, Tensor]
+    known: NDArray[np.bool_]
+    version: str
+
+    def scores(self, embeddings: Mapping[str, Tensor]) -> Scores:
+        logits = self.model.predict(self.data, torch.arange(len(self.data)), embeddings)
+        predictions = self.model.losses.predictions(logits)
+        return Scores(logits.float().numpy(), predictions.float().numpy(), self.known, self.version)
 
 
 class Predictor:
@@ -84,27 +100,32 @@ class Predictor:
         Columns of task features may be left out: the store knows those of the tasks it knows. A task that the store does
         not know gets the cold embedding of the features it came with. `personal=False` scores every row that way.
         """
+        asked = self._ask(frame)
+        return asked.scores(asked.personal if personal else asked.cold)
+
+    def _ask(self, frame: pl.DataFrame) -> _Asked:
+        """Encode the rows and look their tasks up, once, in one version."""
         reader, trained = self._open()
         encoder, model, n = trained.encoder, trained.model, frame.height
         sides: dict[str, Features] = {ROW: encoder.encode_features(frame, ROW)}
         index: dict[str, Tensor] = {ROW: torch.arange(n)}
-        ids, embeddings = {}, {}
+        ids: dict[str, list[str]] = {}
+        stored: dict[str, tuple[Tensor, NDArray[np.bool_]]] = {}
         known = np.ones(n, dtype=np.bool_)
         for task in encoder.schema.tasks:
             keys, codes = task_keys(frame, task)
-            ids[task.name] = list(keys)
-            index[task.name] = torch.from_numpy(codes)
-            features, z, found = self._look_up(reader, trained, task.name, ids[task.name], codes, frame)
-            sides[task.name] = features
-            cold = self._cold(model, task.name, features, len(keys))
-            replace = torch.from_numpy(~found) if personal else torch.ones(len(keys), dtype=torch.bool)
-            embeddings[task.name] = torch.where(replace[:, None], cold, z.to(cold.dtype))
+            ids[task.name], index[task.name] = keys, torch.from_numpy(codes)
+            sides[task.name], z, found = self._look_up(reader, trained, task.name, keys, codes, frame)
+            stored[task.name] = z, found
             known &= found[codes]
         heads = model.losses.heads
         data = Interactions(sides, index, ids, torch.zeros(n, heads), torch.ones(n), torch.zeros(n, dtype=torch.int64))
-        logits = model.logits(data, torch.arange(n), embeddings) if n else torch.zeros(0, heads)
-        predictions = model.losses.predictions(logits)
-        return Scores(logits.float().numpy(), predictions.float().numpy(), known, reader.version)
+        cold = {task: model.cold(data, task, torch.arange(len(keys))) for task, keys in ids.items()}
+        personal = {
+            task: torch.where(torch.from_numpy(found)[:, None], z.to(cold[task].dtype), cold[task])
+            for task, (z, found) in stored.items()
+        }
+        return _Asked(model, data, personal, cold, known, reader.version)
 
     def _look_up(
         self,
@@ -137,12 +158,7 @@ class Predictor:
         stored = reader.get(features_type(task), keys, fill=True)
         return unpack_features(stored.vectors, encoder.specs, task)
 
-    @staticmethod
-    def _cold(model: MetaModel, task: str, features: Features, count: int) -> Tensor:
-        given = {**features, CONSTANT: torch.ones(count, 1, dtype=model.dtype)}
-        z: Tensor = model.meta_blocks[task](given)
-        return z
-
+    @torch.no_grad()
     def recommend(self, key: str | int, candidates: pl.DataFrame, top: int = 10, *, head: int = 0) -> pl.DataFrame:
         """The `top` candidates for one task, with and without personalisation side by side.
 
@@ -159,7 +175,8 @@ class Predictor:
         asked = candidates.with_columns(
             [pl.lit(part).alias(column) for part, column in zip(parts, task.columns, strict=True)]
         )
-        personal, cold = self.score(asked), self.score(asked, personal=False)
+        answer = self._ask(asked)
+        personal, cold = answer.scores(answer.personal), answer.scores(answer.cold)
 
         def rank(scores: NDArray[np.float32]) -> NDArray[np.int64]:
             place = np.empty(len(scores), dtype=np.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -380,3 +381,24 @@ def conforms(case: Case, engine: str, oracle: Outcome | None = None, task: str =
     """The engine's answer to `case` is that of the `loop` engine."""
     oracle = outcome(case, "loop", task) if oracle is None else oracle
     assert_equal(oracle, outcome(case, engine, task), 1e-9 if case.dtype == torch.float64 else 5e-3)
+
+
+def confirm_gradient(model: MetaModel, value: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
+    """The gradient of `value()` by every parameter is its derivative along a random direction; returns the parameters."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(value(), list(parameters.values()), allow_unused=True)
+    generator, step, checked = torch.Generator().manual_seed(5), 1e-5, 0
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            parameter.add_(step * direction)
+            above = float(value())
+            parameter.sub_(2 * step * direction)
+            below = float(value())
+            parameter.add_(step * direction)
+        expected = (above - below) / (2 * step)
+        found = 0.0 if gradient is None else float((gradient * direction).sum())
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-8), name
+        checked += abs(expected) > 1e-6
+    assert checked > len(parameters) / 2
+    return parameters

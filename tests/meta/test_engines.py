@@ -15,6 +15,7 @@ from engines import (
     WIDTH,
     Case,
     assert_equal,
+    confirm_gradient,
     conforms,
     model_of,
     outcome,
@@ -137,22 +138,7 @@ def test_finite_differences_confirm_the_meta_gradient(case: Case) -> None:
     def value() -> Tensor:
         return (model.adapt(data, "user", tasks, support) * slope).sum()
 
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(value(), list(parameters.values()), allow_unused=True)
-    generator, step, checked = torch.Generator().manual_seed(5), 1e-5, 0
-    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            parameter.add_(step * direction)
-            above = float(value())
-            parameter.sub_(2 * step * direction)
-            below = float(value())
-            parameter.add_(step * direction)
-        expected = (above - below) / (2 * step)
-        found = 0.0 if gradient is None else float((gradient * direction).sum())
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-8), name
-        checked += abs(expected) > 1e-6
-    assert checked > len(parameters) / 2
+    parameters = confirm_gradient(model, value)
     assert any("log_rate" in name for name in parameters) and any("log_prior_count" in name for name in parameters)
 
 
