@@ -105,7 +105,7 @@ class Interactions:
 
     def labelled_weight(self, rows: Tensor) -> float:
         """Sum of the weights of those of the rows `[n]` that have a label: what a mean loss is divided by."""
-        return float((self.weights[rows] * self.labels[rows].isfinite().any(1)).sum())
+        return float((self.weights[rows].double() * self.labels[rows].isfinite().any(1)).sum())
 
     def count(self, side: str) -> int:
         """Number of distinct entries of `side`."""

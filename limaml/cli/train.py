@@ -19,6 +19,7 @@ from limaml.evaluate.methods import config_of
 from limaml.interactions import Prepared
 from limaml.interactions.digest import content_digest
 from limaml.meta import train
+from limaml.meta.distributed import Ranks
 
 __all__ = ["train_command"]
 
@@ -41,7 +42,7 @@ def train_command(
 
     Holds out each task's last rows to find the number of epochs, then trains on all rows. Every epoch is a checkpoint: the
     same command goes on where a killed run was. Writes the model folder, the interaction log, the side tables and the
-    resolved config.
+    resolved config. Under `torchrun --no-python` the processes share the tasks of every batch.
 
     `limaml train ratings.parquet --task user_id --row item_id --time timestamp --label "rating >= 4" --out runs/mine`
 
@@ -49,12 +50,15 @@ def train_command(
     """
     given = load_config(config, [*overrides, *([] if solver is None else [f"adapt.solver={solver}"])])
     settings = config_of(f"limaml_{given.adapt.solver}", given)
+    ranks = Ranks.joined(settings.train.device)
+    console.quiet = not ranks.leads  # one rank reports and writes
     heading("Reading")
     prepared = read(file, data)
     say(prepared.notes)
     place = Workspace(out)
-    place.keep_interactions(prepared)
-    _refuse_other_run(place, prepared, settings, validation, refit)
+    if ranks.leads:
+        place.keep_interactions(prepared)
+        _refuse_other_run(place, prepared, settings, validation, refit)
     heading(f"Training ({settings.adapt.solver})")
     with training() as progress:
         done = train(
@@ -66,6 +70,8 @@ def train_command(
             checkpoint=place.checkpoint,
             progress=progress,
         )
+    if not ranks.leads:
+        return
     place.write_data(prepared)
     trained = done.save(place.model)
     place.write_settings(settings, prepared.schema)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from limaml.config import TrainConfig
 from limaml.meta.blocks import CONSTANT, add_parts
+from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.losses import Losses
 from limaml.meta.support import gather_parts, take
 from limaml.tasks import Split
@@ -112,12 +113,16 @@ class PlainLearner:
     def fast_parameters(self) -> list[nn.Parameter]:
         return list(self.model.losses.parameters())
 
-    def batches(self, generator: torch.Generator) -> list[Tensor]:
+    def batches(self, generator: torch.Generator, ranks: Ranks = ALONE) -> list[Tensor]:
         return list(
             torch.split(
                 self.rows[torch.randperm(len(self.rows), generator=generator)], self.config.batch_of(len(self.rows))
             )
         )
+
+    def share(self, batch: Tensor, ranks: Ranks) -> Tensor | None:
+        part = batch[ranks.share(torch.ones(len(batch)))]
+        return part if len(part) else None
 
     def loss(self, batch: Tensor) -> tuple[Tensor, float]:
         return self._row_losses(batch).sum(), self.data.labelled_weight(batch)
@@ -145,11 +150,13 @@ class PlainLearner:
         return torch.cat(parts) if parts else torch.zeros(0, self.model.losses.heads)
 
     @torch.no_grad()
-    def validate(self) -> float | None:
+    def validate(self, ranks: Ranks = ALONE) -> float | None:
         if self.validation is None:
             return None
         rows = self.validation.test.nonzero().flatten()
+        rows = rows[ranks.share(torch.ones(len(rows)))]
         device = self.model.device
         labels, weights = self.data.labels[rows].to(device), self.data.weights[rows].to(device)
         losses = self.model.losses.loss(self.predict(rows).to(device), labels, weights)
-        return float(losses.sum()) / max(self.data.labelled_weight(rows), 1e-12)
+        total, weight = ranks.sum(float(losses.sum()), self.data.labelled_weight(rows))
+        return total / max(weight, 1e-12)

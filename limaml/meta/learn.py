@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limaml.config import TrainConfig
+from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.support import Held, Support
 from limaml.tasks import Split, TaskBatch, TaskRows, cross_fit, task_batches, time_cut
@@ -47,7 +48,7 @@ class MetaLearner:
     def fast_parameters(self) -> list[nn.Parameter]:
         return list(self.model.solvers.parameters()) + list(self.model.losses.parameters())
 
-    def batches(self, generator: torch.Generator) -> list[MetaBatch]:
+    def batches(self, generator: torch.Generator, ranks: Ranks = ALONE) -> list[MetaBatch]:
         cap = self.model.adaptation.max_support
         coin = torch.rand(len(self.data), generator=generator) < 0.5
         crossed = self.config.query == "cross_fit"
@@ -62,11 +63,18 @@ class MetaLearner:
                 else:
                     made.append(MetaBatch(task, time_cut(grouped, tasks, generator, cap), None))
         if len(self.model.tasks) > 1:
-            self._adapt_others(coin if crossed else None)
+            self._adapt_others(coin if crossed else None, ranks)
         made = [batch for batch in made if len(batch.batch.query)]  # all rows on the support's side: nothing to judge
         return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
 
-    def _adapt_others(self, coin: Tensor | None) -> None:
+    def share(self, batch: MetaBatch, ranks: Ranks) -> MetaBatch | None:
+        """This rank's tasks of a batch, None if there are none with a query; shares are about equal by their rows."""
+        whole = batch.batch
+        rows = (torch.bincount(r.owner, minlength=len(whole.tasks)) for r in (whole.support, whole.query))
+        part = whole.of(ranks.share(sum(rows, torch.zeros(len(whole.tasks)))))
+        return MetaBatch(batch.task, part, batch.side) if len(part.query) else None
+
+    def _adapt_others(self, coin: Tensor | None, ranks: Ranks) -> None:
         """Embeddings of every task on each part of the rows, as of now: what the other types' queries are scored with."""
         for task, grouped in self.grouped.items():
             parts: dict[bool | None, TaskRows] = {None: grouped}
@@ -74,7 +82,8 @@ class MetaLearner:
                 index, entries = self.data.index[task], self.data.count(task)
                 parts = {side: TaskRows.of(index, entries, self.train & (coin == side)) for side in (True, False)}
             for side, part in parts.items():
-                self._others[task, side] = self.model.embed(self.data, task, part)
+                every = torch.arange(self.data.count(task))
+                self._others[task, side] = shared_embeddings(self.model, self.data, task, part, every, ranks)
 
     def loss(self, batch: MetaBatch) -> tuple[Tensor, float]:
         return self._row_losses(batch).sum(), self.data.labelled_weight(batch.batch.query.rows)
@@ -101,24 +110,35 @@ class MetaLearner:
         return f"Task {batch.task}:{key} is the first to blame, at row {row}; {len(bad)} query rows are affected."
 
     @torch.no_grad()
-    def validate(self) -> float | None:
+    def validate(self, ranks: Ranks = ALONE) -> float | None:
         if self.validation is None:
             return None
-        return mean_loss(self.model, self.data, self.validation)
+        return mean_loss(self.model, self.data, self.validation, ranks)
+
+
+def shared_embeddings(
+    model: MetaModel, data: Interactions, task: str, among: TaskRows, wanted: Tensor, ranks: Ranks
+) -> Tensor:
+    """Meta embeddings of the tasks `wanted` `[n]` in a table of all tasks, `[entries, dim]`; zeros for the others. Each
+    rank adapts its share of them."""
+    mine = wanted if ranks.world == 1 else wanted[ranks.share(among.size[wanted])]
+    found = model.embed(data, task, among, mine)
+    table = found.new_zeros(data.count(task), found.shape[1])
+    table[mine.to(table.device)] = found
+    return ranks.joint(table)
 
 
 @torch.no_grad()
-def mean_loss(model: MetaModel, data: Interactions, split: Split) -> float:
-    """Mean loss of the split's test rows, every task adapted on its support."""
+def mean_loss(model: MetaModel, data: Interactions, split: Split, ranks: Ranks = ALONE) -> float:
+    """Mean loss of the split's test rows, every task adapted on its support. All `ranks` share the work and the result."""
     tables = {}
     rows = split.test.nonzero().flatten()
     for task in model.tasks:
         grouped = TaskRows.of(data.index[task], data.count(task), split.support)
         wanted = torch.unique(data.index[task][rows])
-        found = model.embed(data, task, grouped, wanted)
-        table = found.new_zeros(data.count(task), found.shape[1])
-        table[wanted] = found
-        tables[task] = table
+        tables[task] = shared_embeddings(model, data, task, grouped, wanted, ranks)
+    rows = rows[ranks.share(torch.ones(len(rows)))]
     labels, weights = data.labels[rows].to(model.device), data.weights[rows].to(model.device)
     losses = model.losses.loss(model.predict(data, rows, tables), labels, weights)
-    return float(losses.sum()) / max(data.labelled_weight(rows), 1e-12)
+    total, weight = ranks.sum(float(losses.sum()), data.labelled_weight(rows))
+    return total / max(weight, 1e-12)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SharedMasks"]
+__all__ = ["SharedMasks", "seeded"]
 
 
 class SharedMasks:
@@ -29,14 +29,22 @@ class SharedMasks:
         if self.seed is None:
             yield
             return
-        generators = [torch.default_generator]  # not torch.random.fork_rng, which takes longer than a small block does
-        if like.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[like.device.index or 0])
-        before = [generator.get_state() for generator in generators]
-        try:
-            for generator in generators:
-                generator.manual_seed(self.seed)
+        with seeded(self.seed, like.device):
             yield
-        finally:
-            for generator, state in zip(generators, before, strict=True):
-                generator.set_state(state)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn in here, on the CPU and on `device`, starts from `seed`; the generators go on behind it as if nothing
+    had been."""
+    generators = [torch.default_generator]  # not torch.random.fork_rng, which takes longer than a small block does
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from limaml.artifact import read_folder, write_folder
+from limaml.artifact import Folder, read_folder, write_folder
 from limaml.config import TrainConfig
 from limaml.errors import ConfigError, TrainingError
+from limaml.meta.distributed import ALONE, Ranks
+from limaml.meta.optimiser import Optimiser
 
 __all__ = ["Epoch", "History", "Learner", "Progress", "fit"]
 
@@ -64,8 +67,12 @@ class Learner(Protocol[Batch]):
     module: nn.Module
     weight: float  # of all training rows: what a prior on the weights is measured against
 
-    def batches(self, generator: torch.Generator) -> list[Batch]:
-        """The batches of one epoch, in an order drawn from `generator`."""
+    def batches(self, generator: torch.Generator, ranks: Ranks = ALONE) -> list[Batch]:
+        """The batches of one epoch, in an order drawn from `generator`: the same ones on all `ranks`."""
+        ...
+
+    def share(self, batch: Batch, ranks: Ranks) -> Batch | None:
+        """This rank's part of a batch, or None where nothing falls to it. The parts of all ranks make up the batch."""
         ...
 
     def loss(self, batch: Batch) -> tuple[Tensor, float]:
@@ -78,8 +85,8 @@ class Learner(Protocol[Batch]):
         """Where the loss of a batch is not a number, as a sentence."""
         ...
 
-    def validate(self) -> float | None:
-        """Mean validation loss, or None where nothing is held out."""
+    def validate(self, ranks: Ranks = ALONE) -> float | None:
+        """Mean validation loss, the same on all `ranks`, or None where nothing is held out."""
         ...
 
     def fast_parameters(self) -> list[nn.Parameter]:
@@ -98,27 +105,6 @@ class _State(Generic[Batch]):
     steps: int = 0
 
 
-def _optimiser(learner: Learner[Batch], config: TrainConfig) -> torch.optim.Optimizer:
-    fast = {id(p) for p in learner.fast_parameters()}
-    tables = {
-        id(p)
-        for module in learner.module.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        for p in module.parameters(recurse=False)
-    }
-    groups: dict[str, list[nn.Parameter]] = {"tables": [], "fast": [], "rest": []}
-    for parameter in learner.module.parameters():
-        if parameter.requires_grad:
-            kind = "fast" if id(parameter) in fast else "tables" if id(parameter) in tables else "rest"
-            groups[kind].append(parameter)
-    settings: dict[str, dict[str, Any]] = {
-        "tables": {"lr": config.lr, "weight_decay": config.table_decay / learner.weight},
-        "fast": {"lr": config.solver_lr, "weight_decay": 0.0},
-        "rest": {"lr": config.lr, "weight_decay": config.decay / learner.weight},
-    }
-    return torch.optim.Adam([{"params": groups[name], **settings[name]} for name in groups if groups[name]])
-
-
 def fit(
     learner: Learner[Batch],
     config: TrainConfig,
@@ -130,17 +116,32 @@ def fit(
 
     The weights of the best epoch are in the module afterwards. With a `checkpoint` folder, every epoch is saved, and a
     run that was killed goes on from the last one: on one thread it ends with the same bits as if it had not been.
+
+    In a process group of torch.distributed, or under torchrun, the ranks share the work and all end with the same
+    weights; `limaml.meta.distributed` says how. Rank 0 reports and writes.
     """
-    optimiser = _optimiser(learner, config)
+    ranks = Ranks.joined(str(_device(learner.module)))
+    optimiser = Optimiser(learner.module, learner.fast_parameters(), learner.weight, config)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     state: _State[Batch] = _State()
-    if checkpoint is not None and checkpoint.exists():
-        state = _resume(checkpoint, learner.module, optimiser, generator, config)
+    ranks.agree(
+        _mark(config.model_dump_json(), learner.weight, [tuple(p.shape) for p in learner.module.parameters()]),
+        "The ranks were given different training rows, blocks or settings of train. Give each of them the same.",
+    )
+    ranks.copy_from_lead([*learner.module.parameters(), *learner.module.buffers()])
+    if checkpoint is not None:
+        found = read_folder(checkpoint, kind=CHECKPOINT, format=FORMAT) if checkpoint.exists() else None
+        ranks.agree(
+            _mark(None if found is None else found.digest),
+            f"The ranks do not see the same checkpoint in {checkpoint}. Put it on a file system that all of them share.",
+        )
+        if found is not None:
+            state = _resume(found, learner.module, optimiser, generator, config)
     while state.epoch < config.epochs and not _out_of_patience(state, config):
         started = time.perf_counter()
-        train_loss = _one_epoch(learner, optimiser, generator, config, state, progress)
-        valid_loss = _with_weights(learner, state.average)
+        train_loss = _one_epoch(learner, optimiser, generator, config, state, progress, ranks)
+        valid_loss = _with_weights(learner, state.average, ranks)
         if valid_loss is not None and not math.isfinite(valid_loss):
             raise TrainingError(
                 f"The validation loss is {valid_loss} after epoch {state.epoch + 1}, though the training loss is "
@@ -154,19 +155,28 @@ def fit(
             if valid_loss is not None:
                 state.best_loss = valid_loss
                 state.best_weights = {name: p.clone() for name, p in state.average.items()}
-        if checkpoint is not None:
+        if checkpoint is not None and ranks.leads:
             _save(checkpoint, state, learner.module, optimiser, generator, config)
     learner.module.load_state_dict(state.best_weights or state.average)
     learner.module.eval()
     return History(tuple(state.history), state.best, _out_of_patience(state, config))
 
 
-def _with_weights(learner: Learner[Batch], weights: dict[str, Tensor]) -> float | None:
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _mark(*what: object) -> int:
+    """A number for what all ranks must have alike."""
+    return zlib.crc32(repr(what).encode())
+
+
+def _with_weights(learner: Learner[Batch], weights: dict[str, Tensor], ranks: Ranks) -> float | None:
     """Validation loss with the averaged weights in place of the current ones."""
     current = {name: p.detach().clone() for name, p in learner.module.state_dict().items()}
     learner.module.load_state_dict(weights)
     learner.module.eval()
-    loss = learner.validate()
+    loss = learner.validate(ranks)
     learner.module.load_state_dict(current)
     learner.module.train()
     return loss
@@ -189,60 +199,71 @@ def _out_of_patience(state: _State[Batch], config: TrainConfig) -> bool:
 
 def _one_epoch(
     learner: Learner[Batch],
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     generator: torch.Generator,
     config: TrainConfig,
     state: _State[Batch],
     progress: Callable[[Progress], None] | None,
+    ranks: Ranks,
 ) -> float:
-    batches = learner.batches(generator)
+    batches = learner.batches(generator, ranks)
     if not batches:
         raise TrainingError("There is no batch to train on: no task has training rows. Look at the split's train mask.")
     total, weight, tasks = 0.0, 0.0, 0
     learner.module.train()
     previous = state.history[-1].valid_loss if state.history else None
     for step, batch in enumerate(batches, 1):
-        loss, size = learner.loss(batch)
-        mean = loss / max(size, 1e-12)
-        value = float(mean.detach())
+        optimiser.zero_grad()
+        value, size = _backward(learner, batch, ranks)
         if not math.isfinite(value):
             raise TrainingError(
                 f"The loss is {value} in epoch {state.epoch + 1}, step {step}: {learner.blame(batch)} The usual causes are a "
                 "feature of extreme size, or a learning rate that is too high (train.lr, train.solver_lr, adapt.rate). The "
                 "checkpoint of the last whole epoch is kept."
             )
-        optimiser.zero_grad(set_to_none=True)
-        mean.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(learner.module.parameters(), config.clip)
-        if not bool(norm.isfinite()):
+        ranks.sum_gradients(optimiser.parameters)
+        if not bool(optimiser.clip().isfinite()):
             raise TrainingError(
                 f"The meta-gradient is not finite in epoch {state.epoch + 1}, step {step}, though the loss is {value}: an "
                 "inner step overflowed. Lower adapt.rate or train.solver_lr. The checkpoint of the last whole epoch is kept."
             )
         optimiser.step()
+        ranks.copy_from_lead(list(learner.module.buffers()))
         state.steps += 1
         _average(state.average, learner.module, state.steps, config.average * len(batches))
         total, weight, tasks = total + value * size, weight + size, tasks + learner.tasks_in(batch)
-        if progress is not None:
+        if progress is not None and ranks.leads:
             progress(Progress(state.epoch + 1, config.epochs, step, len(batches), value, tasks, previous))
     return total / max(weight, 1e-12)
+
+
+def _backward(learner: Learner[Batch], batch: Batch, ranks: Ranks) -> tuple[float, float]:
+    """Mean loss and weight of a batch; this rank's part of the gradient is in the parameters.
+
+    Each rank sees its part of the batch alone, but divides by the weight of all of it.
+    """
+    part = batch if ranks.world == 1 else learner.share(batch, ranks)
+    loss, own = None, 0.0
+    with ranks.own_randomness(_device(learner.module)):
+        if part is not None:
+            loss, own = learner.loss(part)
+    total, weight = ranks.sum(0.0 if loss is None else float(loss.detach()), own)
+    if loss is not None and math.isfinite(total):
+        (loss / max(weight, 1e-12)).backward()  # type: ignore[no-untyped-call]
+    return total / max(weight, 1e-12), weight
 
 
 def _save(
     folder: Path,
     state: _State[Batch],
     module: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     generator: torch.Generator,
     config: TrainConfig,
 ) -> None:
-    moments: dict[str, Tensor] = {}
-    for index, values in optimiser.state_dict()["state"].items():
-        for name, value in values.items():
-            moments[f"{index}.{name}"] = torch.as_tensor(value)
     tensors: dict[str, Mapping[str, Tensor]] = {
         "model": dict(module.state_dict()),
-        "optimiser": moments,
+        "optimiser": optimiser.state(),
         "random": {"batches": generator.get_state(), "torch": torch.get_rng_state()},
     }
     tensors["average"] = state.average
@@ -260,33 +281,28 @@ def _save(
 
 
 def _resume(
-    folder: Path,
+    saved: Folder,
     module: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     generator: torch.Generator,
     config: TrainConfig,
 ) -> _State[Batch]:
-    saved = read_folder(folder, kind=CHECKPOINT, format=FORMAT)
     progress: Any = saved.documents["progress"]
     before, now = dict(progress["train"]), config.model_dump(mode="json")
     changed = sorted(name for name in now if name not in ("epochs", "patience") and before.get(name) != now[name])
     if changed:
         raise ConfigError(
-            f"The checkpoint {folder} was made with other settings of train.{', train.'.join(changed)}. Set them back to "
+            f"The checkpoint {saved.path} was made with other settings of train.{', train.'.join(changed)}. Set them back to "
             f"go on with it ({', '.join(f'{name}={before.get(name)!r}' for name in changed)}), or remove the folder."
         )
     try:
         module.load_state_dict(dict(saved.tensors["model"]))
     except RuntimeError as error:
         raise ConfigError(
-            f"The checkpoint {folder} is of another model ({str(error).splitlines()[-1].strip()}). Set the model's settings "
+            f"The checkpoint {saved.path} is of another model ({str(error).splitlines()[-1].strip()}). Set the model's settings "
             "back to go on with it, or remove the folder."
         ) from error
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in saved.tensors["optimiser"].items():
-        index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    optimiser.restore(dict(saved.tensors["optimiser"]))
     generator.set_state(saved.tensors["random"]["batches"])
     torch.set_rng_state(saved.tensors["random"]["torch"])
     return _State(

@@ -12,6 +12,7 @@ import torch
 from limaml.config import Config
 from limaml.interactions import Encoder, Schema
 from limaml.meta.build import build_meta_model
+from limaml.meta.distributed import Ranks
 from limaml.meta.learn import MetaLearner
 from limaml.meta.model import MetaModel
 from limaml.meta.outer import History, Progress, fit
@@ -65,8 +66,12 @@ def train(
     is then trained again on all rows for that many. With a share of 0 it is trained for `train.epochs` at once.
     `build(encoder, config)` makes a `MetaModel` of your own modules (default: those of the config). With a `checkpoint`
     folder, a run that was killed goes on where it was. `progress` is called with ("search" or "train", where it is).
+
+    Under torchrun the processes share each batch's tasks (`limaml.meta.distributed`) and all have the model in the end;
+    save it on one of them.
     """
     config = config or Config()
+    device = Ranks.joined(config.train.device).place(config.train.device)
     encoder = Encoder.fit(frame, schema)
     data = encoder.encode(frame)
     losses = [label.loss for label in schema.labels]
@@ -83,7 +88,7 @@ def train(
         tell = None if progress is None else lambda news: progress(name, news)
         return fit(learner, final.train, checkpoint=folder, progress=tell)
 
-    model, search, settings = fresh().to(config.train.device), None, config
+    model, search, settings = fresh().to(device), None, config
     built_by = "config" if build is None else getattr(build, "__qualname__", type(build).__name__)
     if validation_share > 0:
         split = split_by_task_order(data, schema.tasks[0].name, share=validation_share)
@@ -92,6 +97,6 @@ def train(
             return Training(model.cpu(), encoder, config, data, search, search, built_by)
         epochs = {"epochs": search.best, "patience": search.best}
         settings = config.model_copy(update={"train": config.train.model_copy(update=epochs)})
-        model = fresh().to(config.train.device)
+        model = fresh().to(device)
     history = run("train", MetaLearner(model, data, everything, settings.train), settings)
     return Training(model.cpu(), encoder, config, data, history, search, built_by)

@@ -26,6 +26,16 @@ class TaskBatch:
     support: Rows
     query: Rows
 
+    def of(self, chosen: Tensor) -> TaskBatch:
+        """The part of the batch that belongs to the `chosen` tasks, `[tasks]` bool."""
+        place = torch.cumsum(chosen, 0) - 1
+
+        def only(rows: Rows) -> Rows:
+            kept = chosen[rows.owner]
+            return Rows(rows.rows[kept], place[rows.owner[kept]])
+
+        return TaskBatch(self.tasks[chosen], only(self.support), only(self.query))
+
 
 def cross_fit(grouped: TaskRows, tasks: Tensor, coin: Tensor, side: bool, max_support: int | None = None) -> TaskBatch:
     """Each task's rows that fell on `side` of the `coin` `[rows]` bool are its support, the others its query."""

@@ -194,7 +194,7 @@ def test_a_validation_loss_that_is_not_a_number_stops_training() -> None:
     learner = made_learner(config)
     assert learner.validation is not None
     learner.data = replace(learner.data, offset=torch.zeros(len(learner.data)))
-    learner.validate = lambda: float("nan")  # type: ignore[method-assign]
+    learner.validate = lambda ranks: float("nan")  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match="validation loss is nan after epoch 1"):
         fit(learner, config)
 

@@ -45,7 +45,12 @@ def made_data(seed: int = 0) -> Interactions:
 
 
 def made_learner(
-    config: TrainConfig, solver: str = "gradient", *, types: tuple[str, ...] = ("user",), dropout: float = 0.1
+    config: TrainConfig,
+    solver: str = "gradient",
+    *,
+    types: tuple[str, ...] = ("user",),
+    dropout: float = 0.1,
+    dtype: torch.dtype = torch.float32,
 ) -> MetaLearner:
     """A learner with validation rows; its model has dropout, so that torch's generator matters too."""
     torch.manual_seed(3)
@@ -58,7 +63,7 @@ def made_learner(
         task: MetaMLP([age if task == "user" else item], DIM, hidden=(8,)) for task in types
     }
     settings = Adaptation.model_validate({"solver": solver, "steps": 2, "max_support": 16})
-    model = MetaModel(shared, blocks, adaptation=settings)
+    model = MetaModel(shared, blocks, adaptation=settings).to(dtype)
     outer = split_by_task_order(data, "user")
     inner = split_by_task_order(data, "user", share=0.2, among=outer.train)
     return MetaLearner(model, data, inner.train, config, inner)
