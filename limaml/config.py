@@ -49,6 +49,13 @@ class Adaptation(_Frozen):
         default=5.0, gt=0, description="Where the learned prior count starts, in rows (gradient)."
     )
     precision: float = Field(default=1.0, gt=0, description="Where the prior precision starts (newton).")
+    half_life: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Where the learned half-life of support rows starts: days, where the time column holds dates; the "
+        "column's own unit, where it holds numbers; else rows. None: old rows weigh as much as new ones.",
+    )
     max_support: int | None = Field(default=512, ge=1, description="Most recent interactions a task is adapted on.")
     engine: Literal["auto", "lowrank", "vmap", "loop"] = "auto"
 
@@ -58,7 +65,9 @@ class TrainConfig(_Frozen):
 
     epochs: int = Field(default=30, ge=1)
     lr: float = Field(default=0.005, gt=0, description="Of the blocks.")
-    solver_lr: float = Field(default=0.03, gt=0, description="Of learned rates, prior count and prior precision.")
+    solver_lr: float = Field(
+        default=0.03, gt=0, description="Of learned rates, prior count, prior precision, half-life."
+    )
     table_decay: float = Field(
         default=30.0, ge=0, description="Prior precision of embedding tables: λ|w|²/2 per data set."
     )

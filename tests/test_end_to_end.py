@@ -43,9 +43,10 @@ def schema_of(joined: limaml.interactions.Joined) -> limaml.Schema:
     ).schema
 
 
-@pytest.fixture(scope="module", params=["newton", "gradient"])
+@pytest.fixture(scope="module", params=["newton", "gradient", "newton, rows weighed by age"])
 def training(request: pytest.FixtureRequest, joined: limaml.interactions.Joined) -> Training:
-    config = parse_config({**SMALL, "adapt": {"solver": request.param}})
+    solver, _, ageing = request.param.partition(", ")
+    config = parse_config({**SMALL, "adapt": {"solver": solver, "half_life": 400_000.0 if ageing else None}})
     return limaml.train(joined.frame, schema_of(joined), config)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limaml.config import TrainConfig
+from limaml.meta.age import warn_if_short
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.support import Held, Support
@@ -32,6 +33,9 @@ class MetaLearner:
     With cross-fit, a fair coin per row and epoch deals all rows into two parts. Every task is adapted on one part and
     judged on the other, both ways round. With several task types the query is scored with the other types' embeddings
     adapted on the same part as the support, as of the start of the epoch, so that no embedding has seen its query.
+    Where rows weigh by age, ages count back from the newest row of the support's part, though the query lies before and
+    behind it: what is learned is how fast rows lose their say about their task's newest moment, which is what serving
+    asks, with a half-life that is rather too long than too short.
     """
 
     def __init__(
@@ -41,12 +45,15 @@ class MetaLearner:
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.train = train
         self.grouped = {task: TaskRows.of(data.index[task], data.count(task), train) for task in model.tasks}
+        if model.adaptation.half_life is not None:
+            for task, grouped in self.grouped.items():
+                warn_if_short(model.adaptation.half_life, data, task, grouped)
         self.weight = float(data.weights[train].sum())
         model.losses.standardise(data.labels[train], data.weights[train])
         self._others: dict[tuple[str, bool | None], Tensor] = {}
 
     def fast_parameters(self) -> list[nn.Parameter]:
-        return list(self.model.solvers.parameters()) + list(self.model.losses.parameters())
+        return [p for part in (self.model.solvers, self.model.half_lives, self.model.losses) for p in part.parameters()]
 
     def batches(self, generator: torch.Generator, ranks: Ranks = ALONE) -> list[MetaBatch]:
         cap = self.model.adaptation.max_support

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from limaml.config import Adaptation
 from limaml.errors import ModelError
 from limaml.meta.adapted import structure_of
+from limaml.meta.age import HalfLife
 from limaml.meta.blocks import CONSTANT
 from limaml.meta.engine import Engine
 from limaml.meta.gradient import GradientSolver
@@ -78,6 +79,8 @@ class MetaModel(nn.Module):
                     f"pass dims={{'{task}': …}}."
                 )
         self.solvers = nn.ModuleDict({task: self._solver(task) for task in meta_blocks})
+        start = self.adaptation.half_life
+        self.half_lives = nn.ModuleDict({} if start is None else {task: HalfLife(start) for task in meta_blocks})
         self._engines: dict[tuple[str, bool], tuple[tuple[object, ...], Engine]] = {}
         self._read_by_global: set[str] = set()
 
@@ -160,11 +163,13 @@ class MetaModel(nn.Module):
         if task not in self.solvers:
             raise ModelError(f"There is no meta block for '{task}'; this model has {list(self.tasks)}.")
         solver = self.solvers[task]
+        half_life = cast(HalfLife, self.half_lives[task]) if task in self.half_lives else None
         with _twice_differentiable():
             cold = self.cold(data, task, tasks)
             if not len(support) or solver.steps == 0:
                 return cold
-            problem = Support(self.global_block, self.losses, data, task, tasks, support, self.held_cold(data, task))
+            held = self.held_cold(data, task)
+            problem = Support(self.global_block, self.losses, data, task, tasks, support, held, half_life=half_life)
             if task not in self._read_by_global:
                 problem.refuse_unread(cold, task)
                 self._read_by_global.add(task)

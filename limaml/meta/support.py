@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from limaml.errors import LimamlError, ModelError
+from limaml.meta.age import HalfLife, ages
 from limaml.meta.blocks import add_parts
 from limaml.meta.losses import Losses
 from limaml.meta.masks import SharedMasks
@@ -164,13 +165,16 @@ class Support:
         rows: Rows,
         held: Held | None = None,
         *,
+        half_life: HalfLife | None = None,
         hoist: bool = True,
     ) -> None:
-        self._rebuild = (block, losses, data, task, tasks, rows, held or {})
+        self._rebuild = (block, losses, data, task, tasks, rows, held or {}, half_life)
         self.losses = losses
         self.scorer = RowScorer(block, data, task, tasks, rows, held or {}, hoist=hoist)
         device = self.scorer.device
         self.labels, self.weights = data.labels[rows.rows].to(device), data.weights[rows.rows].to(device)
+        if half_life is not None:
+            self.weights = self.weights * half_life(ages(data, task, rows, len(tasks)))
         self.offset = None if data.offset is None else data.offset[rows.rows, None].to(device)
         self.segments = Segments(self.scorer.owner, len(tasks))
         known = self.labels.isfinite().any(1)
@@ -202,7 +206,7 @@ class Support:
 
     def of(self, task: int) -> Support:
         """The support of one task of the batch, scored the plain way, with nothing hoisted: for the `loop` engine."""
-        block, losses, data, name, tasks, rows, held = self._rebuild
+        block, losses, data, name, tasks, rows, held, half_life = self._rebuild
         mine = rows.rows[rows.owner == task]
         one = Rows(mine, torch.zeros_like(mine))
-        return Support(block, losses, data, name, tasks[task : task + 1], one, held, hoist=False)
+        return Support(block, losses, data, name, tasks[task : task + 1], one, held, half_life=half_life, hoist=False)

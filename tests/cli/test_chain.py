@@ -71,6 +71,17 @@ def test_train_writes_all_that_the_other_verbs_need(trained: Path, tables: Table
     assert not (trained / "checkpoint").exists()
 
 
+def test_rows_can_weigh_less_with_age(tables: Tables, command: Command, tmp_path: Path) -> None:
+    options = ("train", tables.past, *tables.options, "--out", tmp_path / "run", *SMALL, "train.epochs=1")
+    refused = command(*options, "adapt.half_life=-30")
+    assert refused.code != 0 and "Setting 'adapt.half_life' is -30: Input should be greater than 0." in refused.err
+    done = command(*options, "adapt.half_life=300000")
+    assert done.code == 0, done.err
+    assert limaml.load_config(tmp_path / "run/config.yaml").adapt.half_life == 300_000
+    half_life = limaml.load_model(tmp_path / "run/model").model.half_lives["user_id"].log_half_life
+    assert 0 < abs(float(half_life.detach()) - np.log(300_000)) < 2
+
+
 def test_scores_equal_those_of_training(trained: Path, tables: Tables, command: Command, tmp_path: Path) -> None:
     done = command("score", trained, tables.past, "--out", tmp_path / "scores.parquet")
     assert done.code == 0, done.err

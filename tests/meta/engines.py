@@ -261,6 +261,7 @@ class Case:
     seed: int = 0
     missing: bool = False  # labels
     weightless: bool = False  # some rows
+    time_unit: str = "order"
     adaptation: dict[str, object] = field(default_factory=dict)
 
 
@@ -297,7 +298,8 @@ def random_data(case: Case) -> Interactions:
         ids={"user": [f"u{i}" for i in range(tasks)], "item": [f"i{i}" for i in range(ITEMS)]},
         labels=labels,
         weights=weights,
-        time=torch.arange(rows),
+        time=torch.arange(rows) * (40_000_000_000 if case.time_unit == "us" else 1),  # about half a day apart
+        time_unit=case.time_unit,
         offset=0.2 * normal(rows),
     )
 

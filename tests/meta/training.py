@@ -50,6 +50,7 @@ def made_learner(
     *,
     types: tuple[str, ...] = ("user",),
     dropout: float = 0.1,
+    half_life: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> MetaLearner:
     """A learner with validation rows; its model has dropout, so that torch's generator matters too."""
@@ -62,7 +63,7 @@ def made_learner(
     blocks: dict[str, nn.Module] = {
         task: MetaMLP([age if task == "user" else item], DIM, hidden=(8,)) for task in types
     }
-    settings = Adaptation.model_validate({"solver": solver, "steps": 2, "max_support": 16})
+    settings = Adaptation.model_validate({"solver": solver, "steps": 2, "max_support": 16, "half_life": half_life})
     model = MetaModel(shared, blocks, adaptation=settings).to(dtype)
     outer = split_by_task_order(data, "user")
     inner = split_by_task_order(data, "user", share=0.2, among=outer.train)
