@@ -1,17 +1,19 @@
-"""Random masks that stay the same through all inner steps.
+"""What all calls of a block in one batch have in common: their random masks, and the precision they compute in.
 
 Dropout in a meta block or a global block draws its masks once per batch: every inner step, and the forward pass behind the
 last one, sees the same thinned network. So the inner loop descends one function, not a new one each step, and Newton's
-damping compares like with like. In evaluation mode nothing is drawn.
+damping compares like with like. In evaluation mode nothing is drawn. The precision is the caller's autocast (`precision`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from limaml.meta.precision import Precision, precision_of_blocks
 
 __all__ = ["SharedMasks", "seeded"]
 
@@ -19,17 +21,17 @@ __all__ = ["SharedMasks", "seeded"]
 class SharedMasks:
     """Whatever is drawn inside `with masks.drawn(like):` is the same each time. The seed comes from torch's generator."""
 
+    precision: Precision
+
     def __init__(self, block: nn.Module) -> None:
+        self.precision = precision_of_blocks(next((p.device for p in block.parameters()), None))
         training = any(module.training for module in block.modules())
         self.seed = int(torch.randint(2**62, ())) if training else None
 
     @contextmanager
     def drawn(self, like: Tensor) -> Iterator[None]:
         """`like`: a tensor on the device where the block runs."""
-        if self.seed is None:
-            yield
-            return
-        with seeded(self.seed, like.device):
+        with self.precision.block(), nullcontext() if self.seed is None else seeded(self.seed, like.device):
             yield
 
 
