@@ -56,6 +56,10 @@ class Adaptation(_Frozen):
         description="Where the learned half-life of support rows starts: days, where the time column holds dates; the "
         "column's own unit, where it holds numbers; else rows. None: old rows weigh as much as new ones.",
     )
+    adapt_embeddings: bool = Field(
+        default=False,
+        description="Whether inner steps move the rows of a meta block's embedding tables, too (gradient).",
+    )
     max_support: int | None = Field(default=512, ge=1, description="Most recent interactions a task is adapted on.")
     engine: Literal["auto", "lowrank", "vmap", "loop"] = "auto"
 

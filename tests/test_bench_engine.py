@@ -18,7 +18,7 @@ from benchmarks.engine.table import page
 from benchmarks.engine.vmaps import VmapPadded
 from benchmarks.engine.workload import LONGEST, Problem, Work, generated_table, movielens_table, problem_of
 
-TOY = Size("toy", (5, 7, 3), (8, 6, 1))
+TOY = Size("toy", (5, 7, 12), (17, 6, 1))  # wide enough for three steps to be kept as pairs
 
 
 def problem(work: Work, cap: int | None = 6, tasks: int = 8) -> Problem:

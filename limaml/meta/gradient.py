@@ -46,6 +46,7 @@ class GradientSolver(nn.Module):
         rate: float = 0.3,
         learn_rate: RateKind = "layer_step",
         prior_count: float = 5.0,
+        adapt_embeddings: bool = False,
     ) -> None:
         super().__init__()
         if steps < 0 or order not in (1, 2) or not rate > 0 or not prior_count > 0:
@@ -54,11 +55,11 @@ class GradientSolver(nn.Module):
                 f"order={order}, rate={rate}, prior_count={prior_count}."
             )
         self.steps, self.order = steps, order
-        layers: Sequence[str] = sorted({layer_of(name) for name in adapted_parameters(block)})
+        layers: Sequence[str] = sorted({layer_of(name) for name in adapted_parameters(block, adapt_embeddings)})
         if steps and not layers:
             raise ModelError(
                 "A meta block has no parameter that the gradient solver could adapt: all of them are embedding tables, or "
-                "need no gradient. Add a layer behind the tables, or use the solver 'newton'."
+                "need no gradient. Add a layer behind the tables, set adapt.adapt_embeddings=true, or use the solver 'newton'."
             )
         self._layer = {layer: i for i, layer in enumerate(layers)}
         self._largest, self._warned = math.log(rate * LARGEST_GROWTH), False

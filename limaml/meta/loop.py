@@ -18,13 +18,13 @@ __all__ = ["Loop"]
 
 
 class Loop:
-    """Adapts a functional copy of `block` for each task in turn."""
+    """Adapts a functional copy of `block` for each task in turn, with tables of its own if `tables`."""
 
     name = "loop"
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, tables: bool = False) -> None:
         self.block = block
-        self.adapted, self.places = adapted_parameters(block), places_of(block)
+        self.adapted, self.places = adapted_parameters(block, tables), places_of(block, tables)
 
     def adapt(
         self,

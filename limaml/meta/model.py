@@ -30,7 +30,8 @@ from limaml.meta.loop import Loop
 from limaml.meta.losses import Losses
 from limaml.meta.lowrank import LowRank
 from limaml.meta.newton import NewtonSolver
-from limaml.meta.proof import Unsupported, prove, refuse_unused
+from limaml.meta.proof import prove, refuse_unused
+from limaml.meta.reasons import Unsupported
 from limaml.meta.support import Held, RowScorer, Support, naming_shapes, take
 from limaml.meta.vmapped import Vmap
 from limaml.tasks import TaskRows
@@ -97,6 +98,7 @@ class MetaModel(nn.Module):
             rate=settings.rate,
             learn_rate=settings.learn_rate,
             prior_count=settings.prior_count,
+            adapt_embeddings=settings.adapt_embeddings,
         )
 
     @property
@@ -119,7 +121,8 @@ class MetaModel(nn.Module):
         made_for, engine = self._engines.get(key, (None, None))
         if engine is None or made_for != structure:
             with _twice_differentiable():
-                engine = choose_engine(block, sample, self.adaptation.engine, task)
+                settings = self.adaptation
+                engine = choose_engine(block, sample, settings.engine, task, settings.adapt_embeddings)
             self._engines[key] = (structure, engine)
         return engine
 
@@ -277,37 +280,43 @@ def _twice_differentiable() -> Iterator[None]:
 
 
 def choose_engine(
-    block: nn.Module, sample: Features, wanted: Literal["auto", "lowrank", "vmap", "loop"], task: str
+    block: nn.Module,
+    sample: Features,
+    wanted: Literal["auto", "lowrank", "vmap", "loop"],
+    task: str,
+    tables: bool = False,
 ) -> Engine:
     """The fastest engine that is exact for `block`; one sentence in the log where it is not `lowrank`.
+
+    `tables`: whether embedding tables are adapted, too.
 
     Raises `ModelError` where the engine that was asked for, or every engine, cannot adapt the block, and where a
     parameter of the block is not used.
     """
-    refuse_unused(block, sample, task)
+    refuse_unused(block, sample, task, tables)
     reason: Unsupported | None = None
     for name in ("lowrank", "vmap", "loop") if wanted == "auto" else (wanted,):
         try:
-            engine = _proven(name, block, sample)
+            engine = _proven(name, block, sample, tables)
         except Unsupported as error:
             if wanted != "auto":
                 raise ModelError(
-                    f"The meta block of '{task}' cannot be adapted by the engine '{name}': {error} Leave adapt.engine at "
-                    "'auto' to have the fastest engine that can."
+                    f"The meta block of '{task}' cannot be adapted by the engine '{name}', because {error}. Leave "
+                    "adapt.engine at 'auto' to have the fastest engine that can."
                 ) from error
             reason = reason or error
             continue
         if reason is not None:
-            logger.warning("The meta block of '%s' is adapted by the engine '%s': %s", task, name, reason)
+            logger.warning("The meta block of '%s' is adapted by the engine '%s', because %s.", task, name, reason)
         return engine
-    raise ModelError(f"No engine can adapt the meta block of '{task}'. {reason}") from reason
+    raise ModelError(f"No engine can adapt the meta block of '{task}', because {reason}.") from reason
 
 
-def _proven(name: str, block: nn.Module, sample: Features) -> Engine:
+def _proven(name: str, block: nn.Module, sample: Features, tables: bool) -> Engine:
     if name == "lowrank":
-        engine = LowRank(block, sample)
-        prove(engine.on, block, sample)
+        engine = LowRank(block, sample, tables)
+        prove(engine.on, block, sample, tables)
         return engine
-    plain = Vmap if name == "vmap" else Loop
-    prove(plain, block, sample)
+    plain = partial(Vmap if name == "vmap" else Loop, tables=tables)
+    prove(plain, block, sample, tables)
     return plain(block)

@@ -18,23 +18,12 @@ from limaml.errors import ModelError
 from limaml.meta.adapted import adapted_parameters
 from limaml.meta.engine import Engine
 from limaml.meta.loop import Loop
+from limaml.meta.masks import seeded
+from limaml.meta.reasons import FAILURES, Failed, Unsupported, named, naming_module, reason_of
 from limaml.meta.support import Support
 from limaml.types import Features
 
-__all__ = ["Unsupported", "noisy_copies", "prove", "refuse_unused"]
-
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
-"""What torch raises where a block does something that a transform cannot follow."""
-
-
-class Unsupported(ModelError):
-    """A block has something that an engine cannot adapt exactly; the message names the module and the reason."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+__all__ = ["noisy_copies", "prove", "refuse_unused"]
 
 
 def noisy_copies(block: nn.Module, sample: Features) -> list[tuple[nn.Module, Features, float]]:
@@ -44,7 +33,7 @@ def noisy_copies(block: nn.Module, sample: Features) -> list[tuple[nn.Module, Fe
         try:
             copied = copy.deepcopy(block)
         except FAILURES as error:
-            raise Unsupported(f"The block cannot be copied to prove an engine on it: {first_line(error)}.") from error
+            raise Unsupported(f"{named('', block)} cannot be copied: {reason_of(error)}") from error
         for module, original in zip(copied.modules(), block.modules(), strict=True):
             batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             module.training = original.training if batch_norm else False
@@ -91,42 +80,66 @@ def _rehearse(engine: Engine, block: nn.Module, features: Features, target: Tens
         return target.new_tensor(0.05 * (1 + step))
 
     parameters = [p for p in block.parameters() if p.requires_grad]
+    block.zero_grad()
     with torch.enable_grad():
         z = engine.adapt(features, cast(Support, _Pull(target)), _towards, 2, rate, 2)
-        gradients = torch.autograd.grad((z * target).sum(), parameters, allow_unused=True)
-    dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, gradients, strict=True)]
-    return [z.detach(), *dense]
+        # Not autograd.grad, which passes over functions that are marked as differentiable once.
+        torch.autograd.backward((z * target).sum())
+    return [z.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters)]
 
 
-def prove(make: Callable[[nn.Module], Engine], block: nn.Module, sample: Features) -> None:
+def prove(make: Callable[[nn.Module], Engine], block: nn.Module, sample: Features, tables: bool = False) -> None:
     """Raise `Unsupported` unless the engine that `make` makes for a copy of `block` equals `loop` on it."""
-    problem = "it was not tried"
+    problem: Failed | None = None
+    modes = [module.training for module in block.modules()]
     for copied, features, tolerance in noisy_copies(block, sample):
         try:
-            with torch.no_grad():
-                shape = copied(features).shape
-            target = torch.sin(torch.arange(1, shape.numel() + 1, dtype=torch.float64)).view(shape)
-            target = target.to(next((p for p in copied.parameters()), target))
-            truth = _rehearse(Loop(copied), copied, features, target)
-            found = _rehearse(make(copied), copied, features, target)
-        except Unsupported:
-            raise
-        except FAILURES as error:
-            problem = first_line(error)
+            with naming_module(copied, "cannot be differentiated twice"):
+                with torch.no_grad():
+                    shape = copied(features).shape
+                target = torch.sin(torch.arange(1, shape.numel() + 1, dtype=torch.float64)).view(shape)
+                target = target.to(next((p for p in copied.parameters()), target))
+                truth = _rehearse(Loop(copied, tables), copied, features, target)
+            with naming_module(copied, "cannot be batched over tasks"):
+                found = _rehearse(make(copied), copied, features, target)
+                for module, mode in zip(copied.modules(), modes, strict=True):
+                    module.training = mode
+                with seeded(0, target.device):  # as it will be run: nothing to compare, as dropout may differ
+                    _rehearse(make(copied), copied, features, target)
+        except Failed as error:
+            problem = error
             continue
-        largest = max(float(tensor.abs().max()) for tensor in truth if tensor.numel())
-        names = ["the meta embedding", *(name for name, p in copied.named_parameters() if p.requires_grad)]
-        for name, a, b in zip(names, truth, found, strict=True):
-            if a.numel() and not float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) + 1e-3 * largest):
-                raise Unsupported(f"On a sample of tasks {name} differs from that of plain PyTorch.")
-        return
-    raise Unsupported(f"The block cannot be run on a sample of tasks: {problem}.")
+        wrong = _differing(truth, found, tolerance)
+        if not wrong:
+            return
+        if _differing(truth, _rehearse(Loop(copied, tables), copied, features, target), tolerance):
+            raise Unsupported(f"{named('', block)} gives another result each time, even with dropout off")
+        names = [
+            "its meta embedding",
+            *(f"the gradient of '{n}'" for n, p in copied.named_parameters() if p.requires_grad),
+        ]
+        raise Unsupported(
+            f"{named('', block)} does something that cannot be followed for several tasks at once: on a sample of tasks "
+            f"{names[wrong[0]]} differs from that of plain PyTorch"
+        )
+    assert problem is not None
+    raise problem
 
 
-def refuse_unused(block: nn.Module, sample: Features, task: str) -> None:
+def _differing(truth: list[Tensor], found: list[Tensor], tolerance: float) -> list[int]:
+    """Which tensors differ by more than `tolerance`, relative to their largest entry or a thousandth of the largest of all."""
+    largest = max(float(tensor.abs().max()) for tensor in truth if tensor.numel())
+
+    def differ(a: Tensor, b: Tensor) -> bool:
+        return a.numel() > 0 and not float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) + 1e-3 * largest)
+
+    return [i for i, (a, b) in enumerate(zip(truth, found, strict=True)) if differ(a, b)]
+
+
+def refuse_unused(block: nn.Module, sample: Features, task: str, tables: bool = False) -> None:
     """Raise `ModelError` that names the adapted parameters which the block's output does not depend on."""
     for copied, features, _ in noisy_copies(block, sample):
-        parameters = adapted_parameters(copied)
+        parameters = adapted_parameters(copied, tables)
         try:
             with torch.enable_grad():
                 z: Tensor = copied(features)

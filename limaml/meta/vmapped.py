@@ -13,24 +13,26 @@ from limaml.meta.adapted import adapted_parameters, call_with, layer_of, places_
 from limaml.meta.engine import Objective, Rate
 from limaml.meta.masks import SharedMasks
 from limaml.meta.support import Support
+from limaml.meta.tables import by_task
 from limaml.types import Features
 
 __all__ = ["Vmap"]
 
 
 class Vmap:
-    """Adapts `block` for many tasks at once, each with weights of its own."""
+    """Adapts `block` for many tasks at once, each with weights, and if `tables` with tables, of its own."""
 
     name = "vmap"
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, tables: bool = False) -> None:
         self.block = block
-        self.adapted, self.places = adapted_parameters(block), places_of(block)
+        self.adapted, self.places = adapted_parameters(block, tables), places_of(block, tables)
+        self.lookup = by_task({place for places in self.places.values() for place in places})
 
     def _forward(self, weights: dict[str, Tensor], features: Features) -> Tensor:
         def one(own: dict[str, Tensor], feature: Features) -> Tensor:
             batch = {name: value.unsqueeze(0) for name, value in feature.items()}
-            return call_with(self.block, self.places, own, batch).squeeze(0)
+            return call_with(self.block, self.places, own, batch, self.lookup).squeeze(0)
 
         z: Tensor = vmap(one, randomness="different")(weights, features)
         return z

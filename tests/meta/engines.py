@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limaml.config import Adaptation
-from limaml.meta.blocks import CONSTANT, CrossNetwork, InteractionMLP, MetaMLP
+from limaml.meta.blocks import CONSTANT, CrossNetwork, FeatureEmbedding, InteractionMLP, MetaMLP
 from limaml.meta.model import MetaModel
 from limaml.meta.support import Support
 from limaml.tasks import TaskRows
@@ -103,6 +103,21 @@ class Free(nn.Module):
         return self.scale * h + self.shift
 
 
+class Cross(nn.Module):
+    """Two layers of a cross network, with biases that are parameters of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(2, WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = h
+        for layer, bias in zip(self.layers, self.bias, strict=True):
+            x = h * (layer(x) + bias) + x
+        return x
+
+
 class OwnLinear(nn.Linear):
     """A subclass that does something else than its parent."""
 
@@ -149,6 +164,8 @@ PIECES: dict[str, Callable[[], nn.Module]] = {
     "in place": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(inplace=True), nn.Linear(WIDTH, WIDTH)),
     "batch norm": _batch_norm,
     "dropout off": lambda: nn.Dropout(0.0),
+    "dropout in evaluation mode": lambda: nn.Dropout(0.5).eval(),
+    "cross": Cross,
 }
 
 
@@ -178,6 +195,17 @@ class Multihead(nn.Module):
         return h if self.batch_first else h.transpose(0, 1)
 
 
+class Ffn(nn.Module):
+    """A wide layer over a sequence: with more pairs than it has weights, its delta is dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(WIDTH, 20, bias=False), nn.Linear(20, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.narrow(torch.tanh(self.wide(h)))
+
+
 class LengthFirst(nn.Module):
     """Layers that are called on `(length, tasks, WIDTH)`: the tasks are not in the first dimension."""
 
@@ -197,32 +225,162 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "multihead, length first": lambda: Multihead(False),
     "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
     "length first": LengthFirst,
+    "feed forward": Ffn,
+}
+
+
+class LearnedQuery(nn.Module):
+    """Attention pooling by a learned query, `(n, length, WIDTH)` → `(n, WIDTH)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Parameter(torch.linspace(-1, 1, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        attention = torch.softmax(self.key(h) @ self.query, 1)
+        return (attention.unsqueeze(-1) * h).sum(1)
+
+
+class Pool(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.function(h)
+
+
+POOLS: dict[str, Callable[[], nn.Module]] = {
+    "mean": lambda: Pool(lambda h: h.mean(1)),
+    "max": lambda: Pool(lambda h: h.max(1).values),
+    "last": lambda: Pool(lambda h: h[:, -1]),
+    "learned query": LearnedQuery,
+}
+
+
+# ---- what turns a task's ids, `t` `(n, 3)` of 7, into (n, 2) -------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 2, **options)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.table(features["t"]).sum(1)
+
+
+class Shipped(nn.Module):
+    """The embedding of the blocks that ship: a masked mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = FeatureEmbedding(FeatureSpec("t", FeatureKind.TOKENS, "user", 7, 3), 2, scale=0.5)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.embed(features["t"])
+
+
+class Bag(nn.Module):
+    def __init__(self, offsets: bool = False, **options: object) -> None:
+        super().__init__()
+        self.offsets, self.table = offsets, nn.EmbeddingBag(7, 2, **options)
+
+    def forward(self, features: Features) -> Tensor:
+        ids = features["t"]
+        if not self.offsets:
+            return self.table(ids)
+        return self.table(input=ids.flatten(), offsets=torch.arange(0, ids.numel(), ids.shape[1]))
+
+
+class WeightedBag(nn.Module):
+    """Weights that are learned: slopes go through the bag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.weigh = nn.EmbeddingBag(7, 2, mode="sum"), nn.Linear(4, 3)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.table(features["t"], per_sample_weights=torch.softmax(self.weigh(features["x"]), 1))
+
+
+class OneTableTwice(nn.Module):
+    """One weight in two modules, of which one knows padding and one adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(7, 2, padding_idx=0)
+        self.second = nn.EmbeddingBag(7, 2, mode="sum", padding_idx=3)
+        self.second.weight = self.first.weight
+
+    def forward(self, features: Features) -> Tensor:
+        return torch.tanh(self.first(features["t"]).mean(1)) * self.second(features["t"]) + self.first(features["c"])
+
+
+class TiedTable(nn.Module):
+    """A table that is the weight of a Linear as well, and is read behind its back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.score = nn.Embedding(7, 2, padding_idx=0), nn.Linear(2, 7)
+        self.score.weight = self.table.weight
+
+    def forward(self, features: Features) -> Tensor:
+        return torch.softmax(self.score(self.table(features["t"]).mean(1)), 1) @ self.table.weight
+
+
+class OwnTable(nn.Embedding):
+    """A subclass that looks up in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__(7, 2)
+
+    def forward(self, features: Features) -> Tensor:  # type: ignore[override]
+        return torch.sin(super().forward(features["t"])).sum(1)
+
+
+TABLES: dict[str, Callable[[], nn.Module]] = {
+    "tokens": Tokens,
+    "tokens with padding": lambda: Tokens(padding_idx=0),
+    "sparse tokens": lambda: Tokens(sparse=True, padding_idx=2),
+    "shipped": Shipped,
+    "bag": lambda: Bag(mode="sum"),
+    "bag of offsets": lambda: Bag(offsets=True, mode="mean", padding_idx=1),
+    "bag with padding": lambda: Bag(mode="mean", padding_idx=0),
+    "bag of the largest": lambda: Bag(mode="max", padding_idx=0),
+    "weighted bag": WeightedBag,
+    "one table twice": OneTableTwice,
+    "tied table": TiedTable,
+    "own table": OwnTable,
 }
 
 
 class Block(nn.Module):
     """Inputs → pieces → meta embedding."""
 
-    def __init__(self, pieces: Sequence[str], sequence: str | None, tokens: bool, initial: bool) -> None:
+    def __init__(
+        self, pieces: Sequence[str], sequence: str | None, pool: str, table: str | None, initial: bool
+    ) -> None:
         super().__init__()
         self.dim = DIM
         self.category = nn.Embedding(4, 2)
-        self.tokens = nn.Embedding(7, 2, padding_idx=0) if tokens else None
-        self.start = nn.Linear(4 + 1 + 2 + 2 * tokens, WIDTH)
+        self.table = TABLES[table]() if table is not None else None
+        self.start = nn.Linear(4 + 1 + 2 + 2 * (table is not None), WIDTH)
         self.initial = nn.Parameter(torch.linspace(-0.5, 0.5, WIDTH)) if initial else None
         self.sequence = SEQUENCES[sequence]() if sequence is not None else None
+        self.pool = POOLS[pool]() if sequence is not None else None
         self.pieces = nn.Sequential(*(PIECES[name]() for name in pieces))
         self.out = nn.Linear(WIDTH, DIM)
 
     def forward(self, features: Features) -> Tensor:
         x = [features["x"], features[CONSTANT], self.category(features["c"])]
-        if self.tokens is not None:
-            x.append(self.tokens(features["t"]).sum(1))
+        if self.table is not None:
+            x.append(self.table(features))
         h = self.start(torch.cat(x, -1))
         if self.initial is not None:
             h = h + torch.tanh(self.initial)
         if self.sequence is not None:
-            h = h + self.sequence(features["seq"] + h.unsqueeze(1)).mean(1)
+            h = h + self.pool(self.sequence(features["seq"] + h.unsqueeze(1)))
         z: Tensor = self.out(torch.tanh(self.pieces(h)))
         return z
 
@@ -248,7 +406,9 @@ class Case:
 
     pieces: Sequence[str] = ("linear",)
     sequence: str | None = None
-    tokens: bool = False
+    pool: str = "mean"
+    table: str | None = None
+    adapt_tables: bool = False
     initial: bool = False
     sizes: Sequence[int] = (3, 0, 1, 5)
     losses: Sequence[str] = ("binary",)
@@ -306,7 +466,7 @@ def random_data(case: Case) -> Interactions:
 
 def model_of(case: Case, engine: str) -> MetaModel:
     torch.manual_seed(case.seed)
-    blocks: dict[str, nn.Module] = {"user": Block(case.pieces, case.sequence, case.tokens, case.initial)}
+    blocks: dict[str, nn.Module] = {"user": Block(case.pieces, case.sequence, case.pool, case.table, case.initial)}
     if "item" in case.types:
         blocks["item"] = MetaMLP(ITEM, DIM, hidden=(4,))
     heads, embeddings = len(case.losses), {embedding_name(name): DIM for name in case.types}
@@ -326,6 +486,7 @@ def model_of(case: Case, engine: str) -> MetaModel:
             "learn_rate": case.learn_rate,
             "prior_count": 1.5,
             "engine": engine,
+            "adapt_embeddings": case.adapt_tables,
             **case.adaptation,
         }
     )
@@ -361,7 +522,7 @@ def outcome(case: Case, engine: str, task: str = "user") -> Outcome:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     dense = {
-        name: torch.zeros_like(p) if g is None else g
+        name: torch.zeros_like(p) if g is None else g.to_dense()
         for (name, p), g in zip(parameters.items(), gradients, strict=True)
     }
     return Outcome(engine, z.detach(), dense)

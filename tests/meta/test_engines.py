@@ -11,7 +11,9 @@ import torch
 from engines import (
     DIM,
     PIECES,
+    POOLS,
     SEQUENCES,
+    TABLES,
     WIDTH,
     Case,
     assert_equal,
@@ -43,7 +45,9 @@ cases = st.builds(
     Case,
     pieces=st.lists(st.sampled_from(sorted(PIECES)), max_size=3),
     sequence=st.one_of(st.none(), st.sampled_from(sorted(SEQUENCES))),
-    tokens=st.booleans(),
+    pool=st.sampled_from(sorted(POOLS)),
+    table=st.one_of(st.none(), st.sampled_from(sorted(TABLES))),
+    adapt_tables=st.booleans(),
     initial=st.booleans(),
     sizes=heavy_tailed,
     losses=st.sampled_from([("binary",), ("squared",), ("binary", "squared"), ("binary", "binary")]),
@@ -92,6 +96,20 @@ def test_every_way_to_read_a_sequence(sequence: str) -> None:
     conforms(case, "lowrank")
 
 
+@pytest.mark.parametrize("pool", sorted(POOLS))
+def test_every_way_to_pool_a_sequence(pool: str) -> None:
+    conforms(Case(sequence="own attention", pool=pool), "lowrank")
+
+
+@pytest.mark.parametrize("adapt_tables", [False, True], ids=["held", "adapted"])
+@pytest.mark.parametrize("table", sorted(TABLES))
+def test_every_table(table: str, adapt_tables: bool) -> None:
+    case = Case(table=table, adapt_tables=adapt_tables, steps=3)
+    oracle = outcome(case, "loop")
+    for engine in ("lowrank", "vmap"):
+        conforms(case, engine, oracle)
+
+
 @pytest.mark.parametrize("task", ["user", "item"])
 @pytest.mark.parametrize("global_block", ["interaction", "cross", "plain"])
 def test_two_task_types(global_block: str, task: str) -> None:
@@ -124,7 +142,7 @@ def test_orders_differ() -> None:
     "case",
     [
         Case(pieces=("residual", "gate"), sequence="own attention", steps=3, losses=("binary", "squared")),
-        Case(pieces=("tied", "free", "prelu"), sequence="multihead", tokens=True, initial=True),
+        Case(pieces=("tied", "free", "prelu"), sequence="multihead", table="tokens", initial=True),
         Case(pieces=("rms norm",), global_block="cross", types=("user", "item"), learn_rate="step"),
     ],
     ids=["low rank", "dense", "two types"],
@@ -289,7 +307,7 @@ def test_usual_blocks_need_no_dense_delta(dtype: torch.dtype) -> None:
     pieces = ("linear", "layer norm", "rms norm", "residual", "gate", "called twice", "shared module", "batch norm")
     plain = [piece for piece in pieces if piece != "batch norm"]
     for sequence in (None, "layers", "own attention"):
-        engine = engine_of(Case(pieces=plain, sequence=sequence, tokens=True, dtype=dtype), "lowrank")
+        engine = engine_of(Case(pieces=plain, sequence=sequence, table="tokens with padding", dtype=dtype), "lowrank")
         assert isinstance(engine, LowRank)
         assert engine.dense == []
         assert engine.flat
@@ -301,7 +319,7 @@ def test_usual_blocks_need_no_dense_delta(dtype: torch.dtype) -> None:
 def test_only_what_must_be_dense_is_dense() -> None:
     engine = engine_of(Case(pieces=("tied", "linear", "read behind its back"), sequence="multihead", initial=True))
     assert isinstance(engine, LowRank)
-    assert set(engine.linear) == {"start", "pieces.1", "out"}
+    assert set(engine.followed) == {"start", "pieces.1", "out"}
     assert {"initial", "pieces.0.first.weight", "pieces.2.layer.weight", "sequence.attention.in_proj_weight"} <= set(
         engine.dense
     )
@@ -341,7 +359,7 @@ def test_a_recurrent_block_falls_back_and_says_why(caplog: pytest.LogCaptureFixt
         z = adapted(with_block(block))
     assert "engine 'loop'" in caplog.text and "'gru' (GRU) is recurrent" in caplog.text
     assert torch.equal(z, adapted(with_block(block, "loop")))
-    with pytest.raises(ModelError, match=r"'lowrank': Module 'gru' \(GRU\) is recurrent"):
+    with pytest.raises(ModelError, match=r"'lowrank', because module 'gru' \(GRU\) is recurrent"):
         adapted(with_block(block, "lowrank"))
     with pytest.raises(ModelError, match="by the engine 'vmap'"):
         adapted(with_block(block, "vmap"))
