@@ -224,9 +224,13 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "multihead": lambda: Multihead(True),
     "multihead, length first": lambda: Multihead(False),
     "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
+    "encoder with dropout": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.3, batch_first=True),
     "length first": LengthFirst,
     "feed forward": Ffn,
 }
+
+STEADY_SEQUENCES = sorted(SEQUENCES.keys() - {"encoder with dropout"})
+"""Those that draw no masks, which engines draw in different shapes."""
 
 
 class LearnedQuery(nn.Module):
