@@ -1,4 +1,4 @@
-"""The README is run as printed, and its tree is the repository's."""
+"""The README and the guides are run as printed, and the README's tree is the repository's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def test_the_example_runs_as_printed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "score_cold" in done.stdout
     assert len([line for line in code.splitlines() if line.strip()]) <= 22
+
+
+def test_the_guide_to_exploring_runs_as_printed(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/exploration.md").read_text(), re.S)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 3
 
 
 def test_the_tree_names_what_is_there() -> None:

@@ -11,6 +11,7 @@ from limaml.meta.newton import NewtonSolver
 from limaml.meta.outer import Epoch, History, Learner, Progress, fit
 from limaml.meta.saved import TrainedModel, load_model, save_model
 from limaml.meta.train import Training, train
+from limaml.meta.uncertainty import Posterior, calibrate, logit_sd
 from limaml.meta.warm import WarmStart, warm_start
 
 __all__ = [
@@ -28,14 +29,17 @@ __all__ = [
     "MetaMLP",
     "MetaModel",
     "NewtonSolver",
+    "Posterior",
     "Progress",
     "TrainedModel",
     "Training",
     "WarmStart",
     "build_global_block",
     "build_meta_model",
+    "calibrate",
     "fit",
     "load_model",
+    "logit_sd",
     "save_model",
     "train",
     "warm_start",

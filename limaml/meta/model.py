@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from limaml.meta.newton import NewtonSolver
 from limaml.meta.proof import prove, refuse_unused
 from limaml.meta.reasons import Unsupported
 from limaml.meta.support import Held, RowScorer, Support, naming_shapes, take
+from limaml.meta.uncertainty import Posterior
 from limaml.meta.vmapped import Vmap
 from limaml.tasks import TaskRows
 from limaml.types import Features, Interactions, LossKind, Rows
@@ -156,32 +157,89 @@ class MetaModel(nn.Module):
         """Every task type but `task`, held at its cold embeddings."""
         return {other: partial(self.cold, data, other) for other in self.tasks if other != task}
 
-    def adapt(self, data: Interactions, task: str, tasks: Tensor, support: Rows) -> Tensor:
+    @overload
+    def adapt(self, data: Interactions, task: str, tasks: Tensor, support: Rows) -> Tensor: ...
+
+    @overload
+    def adapt(
+        self, data: Interactions, task: str, tasks: Tensor, support: Rows, *, uncertainty: Literal[True]
+    ) -> Posterior: ...
+
+    def adapt(
+        self, data: Interactions, task: str, tasks: Tensor, support: Rows, *, uncertainty: bool = False
+    ) -> Tensor | Posterior:
         """Meta embeddings `[tasks, dim]` of the entries `tasks` of task type `task`, adapted on `support`.
 
         While a task type adapts, the others stand at their cold embeddings, so that no task's result depends on another
         task's. A task without support rows gets exactly its cold embedding. With gradients on, the result can be
         differentiated by all parameters, through all inner steps.
+
+        With `uncertainty` the result is the `Posterior` around these embeddings (solver newton), the prior's for a task
+        without support rows.
         """
-        if task not in self.solvers:
-            raise ModelError(f"There is no meta block for '{task}'; this model has {list(self.tasks)}.")
-        solver = self.solvers[task]
+        if uncertainty:
+            self._newton(task)
+        z, factor = self._adapted(data, task, tasks, support)
+        return z if not uncertainty or factor is None else Posterior(z, factor)
+
+    def _adapted(self, data: Interactions, task: str, tasks: Tensor, support: Rows) -> tuple[Tensor, Tensor | None]:
+        """Meta embeddings, and their posterior's factor where the solver has one."""
+        solver, factor = self._solver_of(task), None
         half_life = cast(HalfLife, self.half_lives[task]) if task in self.half_lives else None
         with _twice_differentiable():
             cold = self.cold(data, task, tasks)
             if not len(support) or solver.steps == 0:
-                return cold
+                return cold, solver.prior_factor(cold) if isinstance(solver, NewtonSolver) else None
             held = self.held_cold(data, task)
             problem = Support(self.global_block, self.losses, data, task, tasks, support, held, half_life=half_life)
             if task not in self._read_by_global:
                 problem.refuse_unread(cold, task)
                 self._read_by_global.add(task)
             if isinstance(solver, NewtonSolver):
-                z, _ = solver(problem, cold)
+                z, factor = solver(problem, cold)
             else:
                 features = self.features_of(data, task, tasks)
                 z = solver(self.engine(task, features), features, problem)
-        return torch.where((problem.weight > 0)[:, None], z, cold)
+        return torch.where((problem.weight > 0)[:, None], z, cold), factor
+
+    def _solver_of(self, task: str) -> nn.Module:
+        if task not in self.solvers:
+            raise ModelError(f"There is no meta block for '{task}'; this model has {list(self.tasks)}.")
+        return self.solvers[task]
+
+    def _newton(self, task: str) -> NewtonSolver:
+        solver = self._solver_of(task)
+        if not isinstance(solver, NewtonSolver):
+            raise ModelError(
+                f"The solver of '{task}' is 'gradient', which finds embeddings and no uncertainty of them. Train a model "
+                "with adapt.solver=newton to have both."
+            )
+        return solver
+
+    @overload
+    def embed(
+        self,
+        data: Interactions,
+        task: str,
+        among: TaskRows,
+        tasks: Tensor | None = None,
+        *,
+        rows_per_chunk: int = 65536,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def embed(
+        self,
+        data: Interactions,
+        task: str,
+        among: TaskRows,
+        tasks: Tensor | None = None,
+        *,
+        rows_per_chunk: int = 65536,
+        progress: Callable[[int, int], None] | None = None,
+        uncertainty: Literal[True],
+    ) -> Posterior: ...
 
     @torch.no_grad()
     def embed(
@@ -193,11 +251,14 @@ class MetaModel(nn.Module):
         *,
         rows_per_chunk: int = 65536,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
+        uncertainty: bool = False,
+    ) -> Tensor | Posterior:
         """Meta embeddings `[tasks, dim]` of `tasks` (default: every entry), adapted on their most recent rows in `among`.
 
         Tasks are taken in chunks of about `rows_per_chunk` support rows, so that memory does not grow with their
         number. `progress` is called with (tasks done, tasks in all).
+
+        With `uncertainty` the result is the `Posterior` around the embeddings (solver newton): `dim²` more numbers a task.
         """
         tasks = torch.arange(data.count(task)) if tasks is None else tasks
         cap = self.adaptation.max_support
@@ -205,20 +266,25 @@ class MetaModel(nn.Module):
         used = size if cap is None else size.clamp(max=cap)
         # A task weighs its rows, plus one: cold tasks cost something too.
         chunk = torch.div(torch.cumsum(used + 1, 0) - 1, rows_per_chunk, rounding_mode="floor")
-        vectors = [torch.zeros(0, self.dims[task] or 0, dtype=self.dtype, device=self.device)]
+        solver, dim = self._newton(task) if uncertainty else None, self.dims[task] or 0
+        vectors = [torch.zeros(0, dim, dtype=self.dtype, device=self.device)]
+        factors = [torch.zeros(0, dim, dim, dtype=self.dtype, device=self.device)]
         done, training = 0, {module: module.training for module in self.modules()}
         self.eval()
         try:
             for part in torch.split(tasks, torch.unique_consecutive(chunk, return_counts=True)[1].tolist()):
-                z = self.adapt(data, task, part, among.of_tasks(part, cap))
+                z, factor = self._adapted(data, task, part, among.of_tasks(part, cap))
                 vectors.append(z if bool(z.isfinite().all()) else self._isolated(data, task, part, z))
+                if solver is not None and factor is not None:
+                    known = z.isfinite().all(1)[:, None, None]
+                    factors.append(torch.where(known, factor, solver.prior_factor(z)))
                 done += len(part)
                 if progress is not None:
                     progress(done, len(tasks))
         finally:
             for module, mode in training.items():  # not .train(): a module that was kept in evaluation mode stays there
                 module.training = mode
-        return torch.cat(vectors)
+        return Posterior(torch.cat(vectors), torch.cat(factors)) if uncertainty else torch.cat(vectors)
 
     def _isolated(self, data: Interactions, task: str, tasks: Tensor, z: Tensor) -> Tensor:
         """`z` `[tasks, dim]` with the cold embedding where adaptation overflowed, which is reported."""
@@ -250,13 +316,17 @@ class MetaModel(nn.Module):
     ) -> Tensor:
         """Logits `[n, heads]` of the rows `[n]`, with the embeddings of every entry of each task type `[entries, dim]`."""
         task = self.tasks[0]
-        missing = [name for name in self.tasks if name not in embeddings]
-        if missing:
-            raise ModelError(f"Scoring needs the meta embeddings of every task type; {missing} are missing.")
+        self.refuse_missing(embeddings)
         distinct, owner = torch.unique(data.index[task][rows], return_inverse=True)
         held: Held = {name: embeddings[name].__getitem__ for name in self.tasks if name != task}
         scorer = RowScorer(self.global_block, data, task, distinct, Rows(rows, owner), held)
         return scorer.logits(embeddings[task][distinct])
+
+    def refuse_missing(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Raise `ModelError` unless there are embeddings of every task type."""
+        missing = [name for name in self.tasks if name not in embeddings]
+        if missing:
+            raise ModelError(f"Scoring needs the meta embeddings of every task type; {missing} are missing.")
 
     @torch.no_grad()
     def predict(

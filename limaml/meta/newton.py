@@ -39,13 +39,16 @@ class NewtonSolver(nn.Module):
     def _prior_loss(self, z: Tensor, cold: Tensor) -> Tensor:
         return (torch.exp(self.log_precision) * (z - cold) ** 2).sum(1) / 2
 
+    def prior_factor(self, cold: Tensor) -> Tensor:
+        """Lower Cholesky factor of the prior's precision, `[tasks, dim, dim]`."""
+        return torch.diag_embed(torch.exp(self.log_precision / 2).expand_as(cold))
+
     def forward(self, support: Support, cold: Tensor) -> tuple[Tensor, Tensor]:
         """Adapted meta embeddings `[tasks, dim]`, and the lower Cholesky factor of H `[tasks, dim, dim]` of the last
         step (of the prior alone where there were no steps): H⁻¹ is the posterior covariance."""
         outer = torch.is_grad_enabled()
         prior = torch.exp(self.log_precision)
-        factor = torch.diag_embed(prior.sqrt().expand_as(cold))
-        z = cold
+        z, factor = cold, self.prior_factor(cold)
         for _ in range(self.steps if len(support) else 0):
             slope, hessian, before = self._system(support, z, cold, prior, outer)
             factor = _cholesky(hessian)
