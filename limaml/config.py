@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from limaml.errors import ConfigError
 
@@ -88,6 +88,22 @@ class TrainConfig(_Frozen):
     seed: int = 0
     device: str = Field(default="cpu", description="Where the blocks are trained: cpu, cuda, cuda:1, … .")
 
+    autocast: Literal["bf16"] | None = Field(
+        default=None,
+        description="bf16: blocks compute in bfloat16 while they are trained; sums over supports, solvers and losses stay "
+        "in float32. float16 is not offered: inner slopes vanish in it, and a loss scale does not reach them.",
+    )
+
+    @field_validator("autocast", mode="before")
+    @classmethod
+    def _no_float16(cls, value: object) -> object:
+        if value in ("fp16", "float16", "half"):
+            raise ValueError(
+                "float16 has no number between 0 and 6e-8, so that inner slopes vanish, and a loss scale does not reach "
+                "them; set train.autocast=bf16"
+            )
+        return value
+
     def batch_of(self, rows: int) -> int:
         """Interactions per batch, when there are `rows` to train on."""
         return self.rows_per_batch or max(256, min(8192, rows // 32))
@@ -144,7 +160,8 @@ def _sentence(problem: Any) -> str:
             model = model.model_fields[part].annotation
         near = difflib.get_close_matches(str(problem["loc"][-1]), model.model_fields, n=1, cutoff=0.0)
         return f"Setting '{path}' is unknown; did you mean '{'.'.join([*map(str, problem['loc'][:-1]), near[0]])}'?"
-    return f"Setting '{path}' is {problem['input']!r}: {problem['msg']}."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"Setting '{path}' is {problem['input']!r}: {message}."
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:

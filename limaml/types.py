@@ -5,13 +5,13 @@ Nothing here computes. A reader who knows this file can read any signature in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "MISSING",
@@ -23,6 +23,7 @@ __all__ = [
     "FeatureSpec",
     "Features",
     "Interactions",
+    "LayeredBlock",
     "LossKind",
     "Parts",
     "Rows",
@@ -157,4 +158,20 @@ class CutBlock(Protocol):
 
     def score(self, parts: Parts) -> Tensor:
         """Logits `[n, heads]` of the summed parts."""
+        ...
+
+
+@runtime_checkable
+class LayeredBlock(CutBlock, Protocol):
+    """A cut block that says which of its `score` is a plain stack of layers: the engine passes through them by hand.
+
+    `score(parts)` must equal `layers(parts[slot] + bias) + rest(parts)`, where `(slot, bias, layers) = stack()`.
+    """
+
+    def stack(self) -> tuple[int, Tensor | None, Sequence[nn.Module]]:
+        """The slot that the layers read, what is added to it (or None), and the layers, one after the other."""
+        ...
+
+    def rest(self, parts: Parts) -> Tensor | None:
+        """What the other slots add to the logits, `[n, heads]` or `[n, 1]`; None: nothing."""
         ...

@@ -15,7 +15,7 @@ from limaml.config import TrainConfig
 from limaml.meta.blocks import CONSTANT, add_parts
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.losses import Losses
-from limaml.meta.support import gather_parts, take
+from limaml.meta.scorer import gather_parts, take
 from limaml.tasks import Split
 from limaml.types import CutBlock, Features, Interactions, embedding_name
 

@@ -124,12 +124,20 @@ class InteractionMLP(nn.Module):
         return parts
 
     def score(self, parts: Parts) -> Tensor:
-        linear, first, factors, squares = parts
-        assert linear is not None and first is not None and factors is not None and squares is not None
+        first = parts[1]
+        assert first is not None
+        logits: Tensor = self.mlp(first + self.first_bias)
+        return logits + self.rest(parts)
+
+    def stack(self) -> tuple[int, Tensor, nn.Sequential]:
+        return 1, self.first_bias, self.mlp
+
+    def rest(self, parts: Parts) -> Tensor:
+        linear, _, factors, squares = parts
+        assert linear is not None and factors is not None and squares is not None
         pairs = (factors.view(-1, self.heads, self.factors) ** 2).sum(-1)
         squares = squares.view(-1, self.heads, self.factors).sum(-1)
-        logits: Tensor = linear + self.bias + (pairs - squares) / 2 + self.mlp(first + self.first_bias)
-        return logits
+        return linear + self.bias + (pairs - squares) / 2
 
 
 def _slots(linear: Tensor, first: Tensor, factors: Tensor) -> Parts:

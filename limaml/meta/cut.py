@@ -83,9 +83,17 @@ class ConcatMLP(nn.Module):
         return self._part(embeddings)
 
     def score(self, parts: Parts) -> Tensor:
-        first, (hidden,) = self.mlp[0], parts
-        assert isinstance(first, nn.Linear)
+        (hidden,) = parts
         if hidden is None:
             raise ModelError("None of the block's inputs was given.")
-        logits: Tensor = self.mlp[1:](hidden if first.bias is None else hidden + first.bias)
+        _, bias, layers = self.stack()
+        logits: Tensor = layers(hidden if bias is None else hidden + bias)
         return logits
+
+    def stack(self) -> tuple[int, Tensor | None, nn.Sequential]:
+        first, layers = self.mlp[0], self.mlp[1:]
+        assert isinstance(first, nn.Linear) and isinstance(layers, nn.Sequential)
+        return 0, first.bias, layers
+
+    def rest(self, parts: Parts) -> None:
+        return None

@@ -15,8 +15,17 @@ __all__ = ["Engine", "Objective", "Rate"]
 Rate = Callable[[int, str], Tensor]
 """(step, layer) → learning rate, a scalar tensor."""
 
-Objective = Callable[[Support, Tensor], Tensor]
-"""(support, meta embeddings `[tasks, dim]`) → what each task minimises, `[tasks]`."""
+
+class Objective(Protocol):
+    """What each task minimises, as a function of the meta embeddings `[tasks, dim]`: by its value or by its slope."""
+
+    def loss(self, support: Support, z: Tensor) -> Tensor:
+        """`[tasks]`."""
+        ...
+
+    def slope(self, support: Support, z: Tensor, create_graph: bool) -> Tensor:
+        """The derivative of the loss by z, `[tasks, dim]`; differentiable itself with `create_graph`."""
+        ...
 
 
 class Engine(Protocol):

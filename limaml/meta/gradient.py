@@ -80,14 +80,22 @@ class GradientSolver(nn.Module):
             )
         return torch.exp(self.log_rate[step if rows > 1 else 0, self._layer[layer] if columns > 1 else 0])
 
-    def objective(self, support: Support, z: Tensor) -> Tensor:
+    def loss(self, support: Support, z: Tensor) -> Tensor:
         """Support loss divided by (support weight + prior count), `[tasks]`."""
-        return support.loss(z) / (support.weight.to(z.dtype) + torch.exp(self.log_prior_count))
+        return support.loss(z) / self._counted(support, z)
+
+    def slope(self, support: Support, z: Tensor, create_graph: bool) -> Tensor:
+        """Its derivative by the meta embeddings, `[tasks, dim]`."""
+        slope = support.slope(z, create_graph=create_graph) / self._counted(support, z)[:, None]
+        return slope if create_graph else slope.detach()
+
+    def _counted(self, support: Support, z: Tensor) -> Tensor:
+        return support.weight.to(z.dtype) + torch.exp(self.log_prior_count)
 
     def forward(self, engine: Engine, features: Features, support: Support) -> Tensor:
         """Adapted meta embeddings `[tasks, dim]`."""
         self._bound_rates()
-        return engine.adapt(features, support, self.objective, self.steps, self.rate, self.order)
+        return engine.adapt(features, support, self, self.steps, self.rate, self.order)
 
     @torch.no_grad()
     def _bound_rates(self) -> None:

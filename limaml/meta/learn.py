@@ -11,7 +11,8 @@ from limaml.config import TrainConfig
 from limaml.meta.age import warn_if_short
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
-from limaml.meta.support import Held, Support
+from limaml.meta.scorer import Held
+from limaml.meta.support import Support
 from limaml.tasks import Split, TaskBatch, TaskRows, cross_fit, task_batches, time_cut
 from limaml.types import Interactions
 

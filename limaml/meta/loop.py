@@ -35,7 +35,7 @@ class Loop:
         rate: Rate,
         order: int,
     ) -> Tensor:
-        """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective(support, z)` `[tasks]`."""
+        """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective`."""
         tasks = next(iter(features.values())).shape[0]
         outer = torch.is_grad_enabled()
         adapted = []
@@ -51,7 +51,7 @@ class Loop:
                     with masks.drawn(next(iter(own.values()))):
                         z = call_with(self.block, self.places, weights, own)
                     slopes = torch.autograd.grad(
-                        objective(rows, z).sum(),
+                        objective.loss(rows, z).sum(),
                         list(weights.values()),
                         create_graph=order == 2 and outer,
                         allow_unused=True,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from limaml.errors import ModelError
+from limaml.meta.adapted import widened
 from limaml.types import LossKind
 
 __all__ = ["Losses"]
@@ -67,7 +68,7 @@ class Losses(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Weighted loss of each row, `[n]`, summed over heads; a missing label adds nothing."""
-        self._check(logits, labels)
+        logits = self._checked(logits, labels)
         known = labels.isfinite()
         y = self._targets(labels, known, logits.dtype)
         parts = []
@@ -79,26 +80,37 @@ class Losses(nn.Module):
         loss = parts[0] if len(parts) == 1 else torch.where(self.squared, parts[1], parts[0])
         return (loss * known).sum(1) * weights.to(logits.dtype)
 
-    def slope_and_curvature(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """First derivative of the loss by each logit, and the Gauss-Newton curvature, both `[n, heads]`."""
-        self._check(logits, labels)
+    def targets(self, labels: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What each logit is compared with (0 where a label is missing), and how much that weighs, both `[n, heads]`."""
         known = labels.isfinite()
-        y = self._targets(labels, known, logits.dtype)
-        weight = known * weights.to(logits.dtype)[:, None]
-        p = torch.sigmoid(logits)
-        slope, curvature = p - y, p * (1 - p)
-        if any(self.kinds_are(LossKind.SQUARED)):
-            precision = torch.exp(-self.log_variance.to(logits.dtype)).expand_as(logits)
-            slope = torch.where(self.squared, (logits - y) * precision, slope)
-            curvature = torch.where(self.squared, precision, curvature)
-        return slope * weight, curvature * weight
+        return self._targets(labels, known, dtype), known * weights.to(dtype)[:, None]
 
-    def _check(self, logits: Tensor, labels: Tensor) -> None:
+    def slope(self, logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """First derivative of the loss by each logit, `[n, heads]`, for what `targets` gave."""
+        logits = self._checked(logits, y)
+        slope = torch.sigmoid(logits) - y
+        if any(self.kinds_are(LossKind.SQUARED)):
+            slope = torch.where(self.squared, (logits - y) * torch.exp(-self.log_variance.to(logits.dtype)), slope)
+        return slope * weight
+
+    def slope_and_curvature(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """`slope`, and the Gauss-Newton curvature, both `[n, heads]`."""
+        y, weight = self.targets(labels, weights, widened(logits, self).dtype)
+        slope = self.slope(logits, y, weight)
+        p = torch.sigmoid(widened(logits, self))
+        curvature = p * (1 - p)
+        if any(self.kinds_are(LossKind.SQUARED)):
+            precision = torch.exp(-self.log_variance.to(p.dtype)).expand_as(p)
+            curvature = torch.where(self.squared, precision, curvature)
+        return slope, curvature * weight
+
+    def _checked(self, logits: Tensor, labels: Tensor) -> Tensor:
         if logits.shape != labels.shape or logits.shape[1] != self.heads:  # broadcasting would hide it
             raise ModelError(
                 f"The global block gives logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)} and "
                 f"{self.heads} losses; both must be [rows, heads], with one loss per head."
             )
+        return widened(logits, self)  # a sum over rows of rounded losses would be of rounded rows
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Probabilities of binary heads, values in the label's unit of squared heads, `[n, heads]`."""

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from limaml.meta.adapted import adapted_parameters, call_with, layer_of, places_of
+from limaml.meta.adapted import adapted_parameters, call_with, layer_of, places_of, widened
 from limaml.meta.deltas import Call, Deltas, Followed, TableLayer, followed_layers
 from limaml.meta.engine import Objective, Rate
 from limaml.meta.masks import SharedMasks
+from limaml.meta.precision import full
 from limaml.meta.proof import noisy_copies
 from limaml.meta.reasons import Failed, Unsupported, named, naming_module
 from limaml.meta.support import Support
@@ -148,7 +149,7 @@ class LowRank:
                 )
             weights = torch.sin(torch.arange(1, z.numel() + 1, dtype=z.dtype, device=z.device)).view_as(z)
             minus = z.new_tensor(-1.0)
-            state = self._step(_State({}, {}), run, (z * weights).sum(), lambda step, layer: minus, 0, 1, False)
+            state = self._step(_State({}, {}), run, weights, lambda step, layer: minus, 0, 1, False)
         errors: list[tuple[str, float, float]] = []
         for task in range(tasks):
             one = {name: values[task : task + 1] for name, values in features.items()}
@@ -176,9 +177,10 @@ class LowRank:
 
         def note(layer: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
             followed = self.followed[layer]
-            read = followed.read(module, x)
-            if deltas.get(layer):
-                out = followed.moved(read, out, deltas[layer])
+            with full(out.device.type):  # deltas are exact, also where autocast has the layer itself rounded
+                read = followed.read(module, widened(x, module))
+                if deltas.get(layer):
+                    out = followed.moved(read, widened(out, module), deltas[layer]).to(out.dtype)
             if probes is not None:
                 out = out + probes[len(calls)]
                 calls.append(_Noted(layer, read, None))
@@ -216,7 +218,7 @@ class LowRank:
         if not self.flat:
             return self._forward_vmapped(features, state, tasks)
         with self._noting(state.followed, calls, None) as lookup, looked_up(self.block, lookup):
-            z: Tensor = self.block(features)
+            z = widened(self.block(features), self.block)
         outputs = [cast(Tensor, call.output) for call in calls]
         for call, output in zip(calls, outputs, strict=True):
             if output.dim() < 2 or output.shape[0] != tasks:
@@ -261,21 +263,22 @@ class LowRank:
     # ---- one inner step ---------------------------------------------------------------------------------------------
 
     def _step(
-        self, state: _State, run: _Pass, loss: Tensor, rate: Rate, step: int, steps: int, second_order: bool
+        self, state: _State, run: _Pass, slope: Tensor, rate: Rate, step: int, steps: int, second_order: bool
     ) -> _State:
-        """`state` after step number `step` of `steps`, down the slopes of `loss`."""
+        """`state` after step number `step` of `steps`, where `slope` `[tasks, dim]` is that of the loss at `run.z`."""
         targets = [*run.outputs, *run.dense.values()]
-        if not targets or not loss.requires_grad:
+        if not targets or not run.z.requires_grad:
             return state
         slopes = cast(
             Sequence[Tensor | None],
-            torch.autograd.grad(loss, targets, create_graph=second_order, allow_unused=True),
+            torch.autograd.grad(run.z, targets, slope, create_graph=second_order, allow_unused=True),
         )
         calls: dict[str, list[Call]] = {}
         for call, g in zip(run.calls, slopes, strict=False):
             if g is not None:
                 read = call.read if second_order else call.read.detach()
-                calls.setdefault(call.layer, []).append((read, g * -rate(step, call.layer)))
+                slope_here = widened(g, self.block) * -rate(step, call.layer)
+                calls.setdefault(call.layer, []).append((read, slope_here))
         followed = dict(state.followed)
         for layer, own in calls.items():
             followed[layer] = self.followed[layer].step(followed.get(layer, {}), own, steps - step - 1)
@@ -294,7 +297,7 @@ class LowRank:
         rate: Rate,
         order: int,
     ) -> Tensor:
-        """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective(support, z)` `[tasks]`."""
+        """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective`."""
         like = next(iter(features.values()))
         tasks, outer = like.shape[0], torch.is_grad_enabled()
         masks, second_order = SharedMasks(self.block), order == 2 and outer
@@ -303,8 +306,8 @@ class LowRank:
             with torch.enable_grad():
                 with masks.drawn(like):
                     run = self._forward(features, state, tasks)
-                loss = objective(support, run.z).sum()
-                state = self._step(state, run, loss, rate, step, steps, second_order)
+                slope = objective.slope(support, run.z, second_order)
+                state = self._step(state, run, slope, rate, step, steps, second_order)
             if not outer:
                 state = _State(*tree_map(torch.Tensor.detach, (state.followed, state.dense)))
         with masks.drawn(like):

@@ -21,18 +21,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from limaml.config import Adaptation
 from limaml.errors import ModelError
-from limaml.meta.adapted import structure_of
+from limaml.meta.adapted import structure_of, widened
 from limaml.meta.age import HalfLife
 from limaml.meta.blocks import CONSTANT
+from limaml.meta.budget import cache_rows
 from limaml.meta.engine import Engine
 from limaml.meta.gradient import GradientSolver
 from limaml.meta.loop import Loop
 from limaml.meta.losses import Losses
 from limaml.meta.lowrank import LowRank
 from limaml.meta.newton import NewtonSolver
+from limaml.meta.precision import Precision, between_blocks, precision_of_blocks
 from limaml.meta.proof import prove, refuse_unused
 from limaml.meta.reasons import Unsupported
-from limaml.meta.support import Held, RowScorer, Support, naming_shapes, take
+from limaml.meta.scorer import Held, RowScorer, calling, take
+from limaml.meta.support import Support
 from limaml.meta.uncertainty import Posterior
 from limaml.meta.vmapped import Vmap
 from limaml.tasks import TaskRows
@@ -121,7 +124,7 @@ class MetaModel(nn.Module):
         key, structure = (task, block.training), structure_of(block)
         made_for, engine = self._engines.get(key, (None, None))
         if engine is None or made_for != structure:
-            with _twice_differentiable():
+            with _twice_differentiable(), between_blocks(Precision(self.device.type)):
                 settings = self.adaptation
                 engine = choose_engine(block, sample, settings.engine, task, settings.adapt_embeddings)
             self._engines[key] = (structure, engine)
@@ -144,8 +147,9 @@ class MetaModel(nn.Module):
         """Cold embeddings `[tasks, dim]` of the entries `tasks` of a table of encoded features."""
         features = self._input(table, tasks)
         block, shape = self.meta_blocks[task], (len(tasks), self.dims[task])
-        with naming_shapes(f"The meta block {type(block).__name__} of '{task}'", lambda: features):
-            z: Tensor = block(features)
+        precision = precision_of_blocks(self.device)
+        with calling(f"The meta block {type(block).__name__} of '{task}'", precision, lambda: features):
+            z = widened(block(features), block)
         if z.shape != shape:
             raise ModelError(
                 f"The meta block {type(block).__name__} of '{task}' gives a tensor of shape {list(z.shape)}; for "
@@ -186,12 +190,22 @@ class MetaModel(nn.Module):
         """Meta embeddings, and their posterior's factor where the solver has one."""
         solver, factor = self._solver_of(task), None
         half_life = cast(HalfLife, self.half_lives[task]) if task in self.half_lives else None
-        with _twice_differentiable():
+        with _twice_differentiable(), between_blocks(precision_of_blocks(self.device)):
             cold = self.cold(data, task, tasks)
             if not len(support) or solver.steps == 0:
                 return cold, solver.prior_factor(cold) if isinstance(solver, NewtonSolver) else None
             held = self.held_cold(data, task)
-            problem = Support(self.global_block, self.losses, data, task, tasks, support, held, half_life=half_life)
+            problem = Support(
+                self.global_block,
+                self.losses,
+                data,
+                task,
+                tasks,
+                support,
+                held,
+                half_life=half_life,
+                rows_per_piece=None if torch.is_grad_enabled() else cache_rows(self.global_block),
+            )
             if task not in self._read_by_global:
                 problem.refuse_unread(cold, task)
                 self._read_by_global.add(task)

@@ -11,13 +11,16 @@ makes a task's objective worse is halved for that task, and given up if halving 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from limaml.errors import ConfigError
+from limaml.meta.scorer import Piece
 from limaml.meta.support import Support
+from limaml.types import Parts
 
 __all__ = ["NewtonSolver"]
 
@@ -62,37 +65,46 @@ class NewtonSolver(nn.Module):
         self, support: Support, z: Tensor, cold: Tensor, prior: Tensor, create_graph: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient `[tasks, dim]`, Gauss-Newton matrix `[tasks, dim, dim]` and objective `[tasks]` at z."""
-        with torch.enable_grad():
-            per_row = z.index_select(0, support.segments.owner)
-            if not per_row.requires_grad:
-                per_row = per_row.detach().requires_grad_()
-            logits = support.scorer.per_row(per_row)
-            jacobians: list[Tensor | None] = [
-                torch.autograd.grad(
-                    logits[:, head].sum(),
-                    per_row,
-                    create_graph=create_graph,
-                    retain_graph=create_graph or head + 1 < logits.shape[1],
-                    allow_unused=True,  # a head need not read every meta embedding
-                )[0]
-                for head in range(logits.shape[1])
-            ]
-        with torch.no_grad():
-            losses = support.losses.loss(support.shifted(logits), support.labels, support.weights)
-            objective = support.segments.sum(losses) + self._prior_loss(z, cold)
-        slopes, curvatures = support.losses.slope_and_curvature(
-            support.shifted(logits), support.labels, support.weights
+
+        def sums(piece: Piece, own: Parts, sides: Sequence[Parts], weights: Tensor, graph: bool) -> Sequence[Tensor]:
+            (z,) = own
+            assert z is not None
+            with torch.enable_grad():
+                per_row = piece.segments.rows(z)
+                if not graph or not per_row.requires_grad:
+                    per_row = per_row.detach().requires_grad_()
+                logits = support.scorer.per_row(per_row, piece, sides)
+                heads = logits.shape[1]
+                jacobians = [
+                    torch.autograd.grad(
+                        logits[:, head].sum(),
+                        per_row,
+                        create_graph=graph,
+                        retain_graph=graph or head + 1 < heads,
+                        allow_unused=True,  # a head need not read every meta embedding
+                        materialize_grads=True,
+                    )[0]
+                    for head in range(heads)
+                ]
+            if not graph:
+                logits = logits.detach()
+            slopes, curvatures = support.slope_and_curvature(logits, piece, weights)
+            segments = piece.segments
+            tasks, dim = z.shape
+            slope, gram = z.new_zeros(tasks, dim), z.new_zeros(tasks, dim, dim)
+            for a, k, jacobian in zip(slopes.unbind(1), curvatures.unbind(1), jacobians, strict=True):
+                slope = slope + segments.sum(a[:, None] * jacobian)
+                gram = gram + segments.gram(k[:, None] * jacobian, jacobian)
+            with torch.no_grad():
+                loss = segments.sum(support.row_losses(logits, piece, weights))
+            return [slope, gram, loss]
+
+        slope, gram, loss = support.over_pieces(sums, (z,), create_graph)
+        return (
+            slope + prior * (z - cold),
+            gram + torch.diag_embed(prior),
+            loss.detach() + self._prior_loss(z, cold).detach(),
         )
-        if not create_graph:
-            slopes, curvatures = slopes.detach(), curvatures.detach()
-        gradient = prior * (z - cold)
-        hessian = torch.diag_embed(prior).expand(len(z), -1, -1)
-        for head, jacobian in enumerate(jacobians):
-            if jacobian is None:
-                continue
-            gradient = gradient + support.segments.sum(slopes[:, head, None] * jacobian)
-            hessian = hessian + support.segments.gram(curvatures[:, head, None] * jacobian, jacobian)
-        return gradient, hessian, objective
 
     @torch.no_grad()
     def _damping(self, support: Support, z: Tensor, step: Tensor, cold: Tensor, before: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,6 +22,7 @@ from limaml.config import TrainConfig
 from limaml.errors import ConfigError, TrainingError
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.optimiser import Optimiser
+from limaml.meta.precision import autocast
 
 __all__ = ["Epoch", "History", "Learner", "Progress", "fit"]
 
@@ -141,7 +144,8 @@ def fit(
     while state.epoch < config.epochs and not _out_of_patience(state, config):
         started = time.perf_counter()
         train_loss = _one_epoch(learner, optimiser, generator, config, state, progress, ranks)
-        valid_loss = _with_weights(learner, state.average, ranks)
+        with autocast(config.autocast, _device(learner.module)):
+            valid_loss = _with_weights(learner, state.average, ranks)
         if valid_loss is not None and not math.isfinite(valid_loss):
             raise TrainingError(
                 f"The validation loss is {valid_loss} after epoch {state.epoch + 1}, though the training loss is "
@@ -206,7 +210,9 @@ def _one_epoch(
     progress: Callable[[Progress], None] | None,
     ranks: Ranks,
 ) -> float:
-    batches = learner.batches(generator, ranks)
+    rounded = partial(autocast, config.autocast, _device(learner.module))
+    with rounded():
+        batches = learner.batches(generator, ranks)
     if not batches:
         raise TrainingError("There is no batch to train on: no task has training rows. Look at the split's train mask.")
     total, weight, tasks = 0.0, 0.0, 0
@@ -214,7 +220,7 @@ def _one_epoch(
     previous = state.history[-1].valid_loss if state.history else None
     for step, batch in enumerate(batches, 1):
         optimiser.zero_grad()
-        value, size = _backward(learner, batch, ranks)
+        value, size = _backward(learner, batch, ranks, rounded)
         if not math.isfinite(value):
             raise TrainingError(
                 f"The loss is {value} in epoch {state.epoch + 1}, step {step}: {learner.blame(batch)} The usual causes are a "
@@ -237,14 +243,16 @@ def _one_epoch(
     return total / max(weight, 1e-12)
 
 
-def _backward(learner: Learner[Batch], batch: Batch, ranks: Ranks) -> tuple[float, float]:
+def _backward(
+    learner: Learner[Batch], batch: Batch, ranks: Ranks, rounded: Callable[[], AbstractContextManager[object]]
+) -> tuple[float, float]:
     """Mean loss and weight of a batch; this rank's part of the gradient is in the parameters.
 
     Each rank sees its part of the batch alone, but divides by the weight of all of it.
     """
     part = batch if ranks.world == 1 else learner.share(batch, ranks)
     loss, own = None, 0.0
-    with ranks.own_randomness(_device(learner.module)):
+    with ranks.own_randomness(_device(learner.module)), rounded():
         if part is not None:
             loss, own = learner.loss(part)
     total, weight = ranks.sum(0.0 if loss is None else float(loss.detach()), own)

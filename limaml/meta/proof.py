@@ -68,9 +68,16 @@ class _Pull:
         return _Pull(self.target[task : task + 1])
 
 
-def _towards(support: Support, z: Tensor) -> Tensor:
-    target = cast(_Pull, support).target
-    return (torch.nn.functional.softplus(z) + (z - target) ** 2 / 2).sum(1)
+class _Towards:
+    """Their objective."""
+
+    def loss(self, support: Support, z: Tensor) -> Tensor:
+        target = cast(_Pull, support).target
+        return (torch.nn.functional.softplus(z) + (z - target) ** 2 / 2).sum(1)
+
+    def slope(self, support: Support, z: Tensor, create_graph: bool) -> Tensor:
+        slope = torch.sigmoid(z) + z - cast(_Pull, support).target
+        return slope if create_graph else slope.detach()
 
 
 def _rehearse(engine: Engine, block: nn.Module, features: Features, target: Tensor) -> list[Tensor]:
@@ -82,7 +89,7 @@ def _rehearse(engine: Engine, block: nn.Module, features: Features, target: Tens
     parameters = [p for p in block.parameters() if p.requires_grad]
     block.zero_grad()
     with torch.enable_grad():
-        z = engine.adapt(features, cast(Support, _Pull(target)), _towards, 2, rate, 2)
+        z = engine.adapt(features, cast(Support, _Pull(target)), _Towards(), 2, rate, 2)
         # Not autograd.grad, which passes over functions that are marked as differentiable once.
         torch.autograd.backward((z * target).sum())
     return [z.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters)]

@@ -1,6 +1,6 @@
 """Sums over the rows of each task, without padding tasks to one length.
 
-Rows are flat and sorted by owner. A sum is an index-add. A Gram matrix `Σ a aᵀ` per task would need an outer product per
+Rows are flat and sorted by owner. A sum adds up rows that lie side by side (`spread`). A Gram matrix `Σ a aᵀ` per task would need an outer product per
 row that way; instead rows are laid into tiles of a few rows that never cross tasks, each tile is one small matrix product,
 and only the tiles are index-added: the padding is less than a tile per task.
 """
@@ -10,21 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limaml.meta.spread import Spread
+
 __all__ = ["Segments"]
 
 
 class Segments:
-    """`owner` `[n]`, ascending, in `0 … count − 1`."""
+    """`owner` `[n]`, ascending, in `0 … count − 1`; `begin` `[count]`, if it is known: the first row of each."""
 
-    def __init__(self, owner: Tensor, count: int, tile: int = 16) -> None:
-        self.owner = owner
-        self.count = count
-        self.tile = tile
+    def __init__(self, owner: Tensor, count: int, tile: int = 16, begin: Tensor | None = None) -> None:
+        self.owner, self.count, self.tile = owner, count, tile
+        if begin is None:
+            size = torch.bincount(owner, minlength=count)
+            begin = torch.cumsum(size, 0) - size
+        self.begin = begin
+        self._spread = Spread(owner[:, None], count, begin=begin)
         self._tiles: tuple[Tensor, Tensor, int] | None = None
+
+    def rows(self, values: Tensor) -> Tensor:
+        """`[count, …]` → `[n, …]`: to every row its owner's."""
+        return self._spread.rows(values)
 
     def sum(self, values: Tensor) -> Tensor:
         """`[n, …]` → `[count, …]`."""
-        return values.new_zeros(self.count, *values.shape[1:]).index_add(0, self.owner, values)
+        if values.dim() == 1:
+            return values.new_zeros(self.count).index_add(0, self.owner, values)
+        return self._spread.sums(values)
 
     def _layout(self) -> tuple[Tensor, Tensor, int]:
         """Slot of each row in the tiles, owner of each tile, number of tiles."""

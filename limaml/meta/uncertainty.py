@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from limaml.errors import DataError
-from limaml.meta.support import Held, RowScorer, Support
+from limaml.meta.scorer import Held, RowScorer
+from limaml.meta.support import Support
 from limaml.tasks import Split, TaskRows
 from limaml.types import Interactions, Rows
 

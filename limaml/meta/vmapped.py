@@ -46,7 +46,7 @@ class Vmap:
         rate: Rate,
         order: int,
     ) -> Tensor:
-        """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective(support, z)` `[tasks]`."""
+        """Meta embeddings `[tasks, dim]` after `steps` inner steps on `objective`."""
         like = next(iter(features.values()))
         tasks, outer = like.shape[0], torch.is_grad_enabled()
         masks = SharedMasks(self.block)
@@ -57,7 +57,7 @@ class Vmap:
                     weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
                 with masks.drawn(like):
                     z = self._forward(weights, features)
-                loss = objective(support, z).sum()
+                loss = objective.loss(support, z).sum()
                 slopes = torch.autograd.grad(
                     loss, list(weights.values()), create_graph=order == 2 and outer, allow_unused=True
                 )

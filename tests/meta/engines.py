@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from limaml.config import Adaptation
 from limaml.meta.blocks import CONSTANT, CrossNetwork, FeatureEmbedding, InteractionMLP, MetaMLP
+from limaml.meta.cut import ConcatMLP
 from limaml.meta.model import MetaModel
 from limaml.meta.support import Support
 from limaml.tasks import TaskRows
@@ -479,6 +480,9 @@ def model_of(case: Case, engine: str) -> MetaModel:
         shared: nn.Module = InteractionMLP(features, embeddings, heads=heads, embedding_dim=3, hidden=(5, 4), factors=2)
     elif case.global_block == "cross":
         shared = CrossNetwork(features, embeddings, heads=heads, embedding_dim=2, layers=2, hidden=(4,))
+    elif case.global_block == "concat":
+        layers = nn.Sequential(nn.Linear(4 + 1 + DIM * len(case.types), 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU())
+        shared = ConcatMLP({"ic": nn.Embedding(6, 4), "r": 1, **embeddings}, layers.append(nn.Linear(6, heads)))
     else:
         shared = PlainGlobal(case.types, heads)
     settings = Adaptation.model_validate(

@@ -12,7 +12,7 @@ from limaml.errors import ModelError
 from limaml.meta import CrossNetwork, InteractionMLP
 from limaml.meta.blocks import add_parts
 from limaml.meta.cut import ConcatMLP
-from limaml.types import CutBlock, FeatureKind, FeatureSpec, Parts
+from limaml.types import CutBlock, FeatureKind, FeatureSpec, LayeredBlock, Parts
 
 SPECS = (
     FeatureSpec("item", FeatureKind.CATEGORICAL, "row", 9),
@@ -72,6 +72,14 @@ def test_parts_add_up_to_the_whole(n: int, dealt: list[int], which: str) -> None
                 total = method(portion) if total is None else add_parts(total, method(portion))
     assert total is not None
     torch.testing.assert_close(block.score(total), whole, atol=1e-12, rtol=1e-10)
+    if isinstance(block, LayeredBlock):
+        slot, bias, layers = block.stack()
+        hidden, rest = total[slot], block.rest(total)
+        assert hidden is not None
+        for layer in (*layers,):
+            hidden = layer(hidden if bias is None else hidden + bias)
+            bias = None
+        torch.testing.assert_close(hidden if rest is None else hidden + rest, whole, atol=1e-12, rtol=1e-10)
 
 
 def test_the_usual_block_is_cut_with_the_same_parameters() -> None:

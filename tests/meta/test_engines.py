@@ -31,7 +31,8 @@ from limaml.errors import ModelError
 from limaml.meta.blocks import CONSTANT
 from limaml.meta.lowrank import LowRank
 from limaml.meta.model import MetaModel
-from limaml.meta.support import RowScorer, Support
+from limaml.meta.scorer import RowScorer
+from limaml.meta.support import Support
 from limaml.tasks import TaskRows
 from limaml.types import Features, Rows
 
@@ -51,7 +52,7 @@ cases = st.builds(
     initial=st.booleans(),
     sizes=heavy_tailed,
     losses=st.sampled_from([("binary",), ("squared",), ("binary", "squared"), ("binary", "binary")]),
-    global_block=st.sampled_from(["interaction", "cross", "plain"]),
+    global_block=st.sampled_from(["interaction", "cross", "concat", "plain"]),
     types=st.sampled_from([("user",), ("user", "item"), ("item", "user")]),
     order=st.sampled_from([1, 2]),
     steps=st.integers(0, 4),

@@ -1,0 +1,148 @@
+"""Rows in pieces give what rows in one piece give: slopes, Gauss-Newton sums, and what is differentiated through them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from limaml.meta.chain import chain_of
+from limaml.meta.closed import ClosedForm
+from limaml.meta.newton import NewtonSolver
+from limaml.meta.spread import Spread
+from limaml.meta.support import Support
+from limaml.tasks import TaskRows
+from tests.meta.engines import DIM, Case, model_of, random_data
+
+cases = st.builds(
+    Case,
+    sizes=st.lists(st.sampled_from([0, 1, 2, 7, 30]), min_size=1, max_size=5).filter(any),
+    losses=st.sampled_from([("binary",), ("binary", "squared")]),
+    global_block=st.sampled_from(["interaction", "cross", "concat", "plain"]),
+    types=st.sampled_from([("user",), ("user", "item")]),
+    missing=st.booleans(),
+)
+
+
+def support_of(case: Case, rows_per_piece: int | None, hoist: bool = True) -> tuple[Support, Tensor]:
+    model, data = model_of(case, "auto"), random_data(case)
+    tasks = torch.arange(data.count("user"))
+    rows = TaskRows.of(data.index["user"], len(tasks)).of_tasks(tasks)
+    block, losses, held = model.global_block, model.losses, model.held_cold(data, "user")
+    support = Support(block, losses, data, "user", tasks, rows, held, hoist=hoist, rows_per_piece=rows_per_piece)
+    return support, model.cold(data, "user", tasks).detach().requires_grad_()
+
+
+def derived(support: Support, values: list[Tensor], z: Tensor) -> list[Tensor]:
+    """The derivatives of some function of `values` by z and by all parameters of the global block and the losses."""
+    total = torch.stack([(torch.sin(v) * torch.arange(1.0, v.numel() + 1).view_as(v)).sum() for v in values]).sum()
+    module = nn.ModuleList([support.scorer.block, support.losses])
+    sources = [z, *(p for p in module.parameters() if p.requires_grad)]
+    return list(torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True, materialize_grads=True))
+
+
+def assert_same(found: list[Tensor], truth: list[Tensor]) -> None:
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases, st.integers(1, 40))
+def test_slopes(case: Case, rows_per_piece: int) -> None:
+    whole, z = support_of(case, None, hoist=False)  # nothing by hand, nothing hoisted
+    truth = torch.autograd.grad(whole.loss(z).sum(), z, create_graph=True)[0]
+    for size in (None, rows_per_piece):
+        support, _ = support_of(case, size)
+        assert_same([support.slope(z.detach())], [truth.detach()])
+        found = support.slope(z, create_graph=True)
+        assert_same([found.detach()], [truth.detach()])
+        assert_same(derived(support, [found], z), derived(whole, [truth], z))
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases, st.integers(1, 40))
+def test_gauss_newton_sums(case: Case, rows_per_piece: int) -> None:
+    whole, z = support_of(case, None, hoist=False)
+    solver = NewtonSolver(DIM, steps=2, precision=0.7).double()
+    truth = list(solver(whole, z))
+    support, _ = support_of(case, rows_per_piece)
+    found = list(solver(support, z))
+    assert_same(found, truth)
+    assert_same(derived(support, found, z), derived(whole, truth, z))
+    with torch.no_grad():
+        assert_same(list(solver(support, z)), truth)
+
+
+ACTIVATIONS = [nn.ReLU(), nn.ReLU(inplace=True), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_chain_is_what_autograd_does(activation: nn.Module, heads: int, first: bool) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.0), activation, nn.Identity(), nn.Linear(4, heads, bias=first))
+    layers = (nn.Sequential(activation, *layers) if first else layers).double()
+    chain = chain_of(list(layers))
+    assert chain is not None
+    for rows in (7, 3, 9):  # a smaller piece, then one that needs larger buffers
+        x = torch.randn(rows, 5).double().requires_grad_()
+        truth = layers(x.clone())
+        slope = torch.randn(rows, heads).double()
+        with torch.no_grad():
+            torch.testing.assert_close(chain.forward(x.detach().clone()), truth)
+            for weight in (1.0, 2.0):  # back a second time, as Newton does for each head
+                expected = torch.autograd.grad(truth, x, slope * weight, retain_graph=True)[0]
+                torch.testing.assert_close(chain.backward(slope * weight), expected)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(3, 3), nn.ReLU()],
+        [nn.ReLU(), nn.Tanh(), nn.Linear(3, 3)],
+        [nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)],
+        [nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 3)],
+        [],
+    ],
+    ids=str,
+)
+def test_what_is_no_chain_is_left_to_autograd(layers: list[nn.Module]) -> None:
+    assert chain_of(layers) is None
+
+
+def test_a_hook_is_not_passed_over() -> None:
+    layer = nn.Linear(3, 3)
+    assert chain_of([layer]) is not None
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+    assert chain_of([layer]) is None
+
+
+def test_a_subclass_that_scores_in_another_way_is_not_passed_by_hand() -> None:
+    support, _ = support_of(Case(global_block="concat"), None)
+    assert ClosedForm.of(support.scorer) is not None
+    block = support.scorer.block
+
+    class Doubled(type(block)):  # type: ignore[misc]
+        def score(self, parts: tuple[Tensor | None, ...]) -> Tensor:
+            doubled: Tensor = super().score(parts) * 2
+            return doubled
+
+    block.__class__ = Doubled
+    assert ClosedForm.of(support.scorer) is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 9), st.integers(1, 3), st.integers(1, 6), st.integers(0, 100))
+def test_spread_and_its_transpose(rows: int, each: int, entries: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, entries, (rows, each), generator=generator)
+    spread = Spread(index, entries)
+    table = torch.randn(entries, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(rows, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(spread.rows(table), table[index].sum(1))
+    torch.testing.assert_close((spread.rows(table) * values).sum(), (table * spread.sums(values)).sum())
+    if rows:
+        assert torch.autograd.gradcheck(spread.rows, table) and torch.autograd.gradgradcheck(spread.sums, values)
