@@ -1,12 +1,13 @@
-"""An MLP passed through by hand: forward, and back to its input, in buffers that are used again.
+"""An MLP passed through by hand: forward, back to its input, and the derivative of that, in buffers that are used again.
 
 What autograd does for a row costs as much as the row's matrix products do: it writes every activation and every slope to
-fresh memory, and notes how each came about. Where nothing will be differentiated twice, and the layers are Linear and a
-known activation, the same passes are a dozen calls that stay in the cache.
+fresh memory, and notes how each came about. Where the layers are Linear and a known activation, the same passes are a
+dozen calls that stay in the cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +21,24 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Activation:
-    """`forward(u, out)` fills `out`; `backward(slope, u, a)` turns the slope by the output a into that by u, in place."""
+    """`forward(u, out)` fills `out`; `backward(slope, u, a)` turns the slope by the output a into that by u, in place;
+    `curvature(u, a)` is the second derivative: None where it is 0, or `unknown`."""
 
     forward: Callable[[Tensor, Tensor], object]
     backward: Callable[[Tensor, Tensor, Tensor], object]
+    curvature: Callable[[Tensor, Tensor], Tensor] | None = None
     in_place: bool = True
-    """Whether backward needs a alone, so that a may take u's place."""
+    """Whether backward and curvature need a alone, so that a may take u's place."""
+    unknown: bool = False
+
+
+def _silu_curvature(u: Tensor, a: Tensor) -> Tensor:
+    s = torch.sigmoid(u)
+    return s * (1 - s) * (2 + u * (1 - 2 * s))
+
+
+def _gelu_curvature(u: Tensor, a: Tensor) -> Tensor:
+    return torch.exp(-(u**2) / 2) * (2 - u**2) / math.sqrt(2 * math.pi)
 
 
 def _activation(module: nn.Module) -> _Activation | None:
@@ -39,16 +52,19 @@ def _activation(module: nn.Module) -> _Activation | None:
         return _Activation(
             lambda u, out: torch.tanh(u, out=out),
             lambda slope, u, a: _aten.tanh_backward.grad_input(slope, a, grad_input=slope),
+            lambda u, a: 2 * a * (a * a - 1),
         )
     if kind is nn.Sigmoid:
         return _Activation(
             lambda u, out: torch.sigmoid(u, out=out),
             lambda slope, u, a: _aten.sigmoid_backward.grad_input(slope, a, grad_input=slope),
+            lambda u, a: a * (1 - a) * (1 - 2 * a),
         )
     if kind is nn.SiLU:
         return _Activation(
             lambda u, out: _aten.silu.out(u, out=out),
             lambda slope, u, a: _aten.silu_backward.grad_input(slope, u, grad_input=slope),
+            _silu_curvature,
             in_place=False,
         )
     if isinstance(module, nn.GELU) and kind is nn.GELU:
@@ -56,7 +72,9 @@ def _activation(module: nn.Module) -> _Activation | None:
         return _Activation(
             lambda u, out: _aten.gelu.out(u, approximate=how, out=out),
             lambda slope, u, a: _aten.gelu_backward.grad_input(slope, u, approximate=how, grad_input=slope),
+            _gelu_curvature if how == "none" else None,
             in_place=False,
+            unknown=how != "none",
         )
     return None
 
@@ -100,12 +118,27 @@ def chain_of(layers: Sequence[nn.Module]) -> Chain | None:
 
 
 class Chain:
-    """`activation, Linear, activation, Linear, …` on rows, without gradients. One pass forward, then any number back."""
+    """`activation, Linear, activation, Linear, …` on rows, without gradients of autograd's.
+
+    One pass `forward`, then any number `backward`; or one `tangent` and one `reverse`. What a pass gives is a buffer that
+    the next pass of its kind writes over.
+    """
 
     def __init__(self, activations: Sequence[_Activation | None], linears: Sequence[nn.Linear]) -> None:
         self._layers = list(zip(activations, linears, strict=True))
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []  # u and a of each layer
+        self._moved: list[tuple[Tensor, Tensor]] = []  # their tangents
         self._buffers: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def twice(self) -> bool:
+        """Whether every activation's second derivative is known, so that `reverse` can be used."""
+        return not any(activation is not None and activation.unknown for activation, _ in self._layers)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Weight and bias of each layer, but for biases that are None."""
+        return [p for _, linear in self._layers for p in (linear.weight, linear.bias) if p is not None]
 
     def _buffer(self, layer: int, use: str, rows: int, width: int, like: Tensor) -> Tensor:
         buffer = self._buffers.get((layer, use))
@@ -114,7 +147,7 @@ class Chain:
         return buffer[:rows]
 
     def forward(self, h: Tensor) -> Tensor:
-        """`[n, in]` → `[n, out]`, a buffer that the next pass writes over. `h` is written over, too."""
+        """`[n, in]` → `[n, out]`. `h` is written over."""
         self._kept.clear()
         rows = len(h)
         for i, (activation, linear) in enumerate(self._layers):
@@ -132,15 +165,60 @@ class Chain:
         return h
 
     def backward(self, slope: Tensor) -> Tensor:
-        """Slope by the output `[n, out]` → slope by the input `[n, in]`, a buffer that the next pass back writes over."""
+        """Slope by the output `[n, out]` → slope by the input `[n, in]`."""
+        for i in reversed(range(len(self._layers))):
+            activation = self._layers[i][0]
+            slope = self._back(i, slope, "backward")
+            if activation is not None:
+                activation.backward(slope, *self._kept[i])
+        return slope
+
+    def _back(self, i: int, slope: Tensor, use: str) -> Tensor:
+        linear = self._layers[i][1]
+        out = self._buffer(i, use, len(slope), linear.in_features, slope)
+        if linear.out_features == 1:
+            return torch.mul(slope, linear.weight, out=out)
+        return torch.mm(slope, linear.weight, out=out)
+
+    def tangent(self, v: Tensor) -> Tensor:
+        """How the output `[n, out]` of the last `forward` moves as its input moves along `v` `[n, in]`, which is kept."""
+        self._moved.clear()
+        for i, (activation, linear) in enumerate(self._layers):
+            u = a = v
+            if activation is not None:
+                a = self._buffer(i, "moved", len(v), v.shape[1], v).copy_(v)
+                activation.backward(a, *self._kept[i])
+            self._moved.append((u, a))
+            v = torch.mm(a, linear.weight.t(), out=self._buffer(i, "tangent", len(v), linear.out_features, v))
+        return v
+
+    def reverse(self, q: Tensor, p: Tensor | None, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The derivative by the input, `[n, in]`, of what has the derivative `q` `[n, out]` by the output and `p` by the
+        output's last `tangent` (None: it does not read that). Those by `parameters` are added to `gradients`."""
+        left = list(gradients)
         for i in reversed(range(len(self._layers))):
             activation, linear = self._layers[i]
-            out = self._buffer(i, "backward", len(slope), linear.in_features, slope)
-            if linear.out_features == 1:
-                torch.mul(slope, linear.weight, out=out)
-            else:
-                torch.mm(slope, linear.weight, out=out)
+            bias = left.pop() if linear.bias is not None else None
+            weight = left.pop()
+            u, a = self._kept[i]
+            if weight is not None:
+                weight.addmm_(q.t(), a)
+            if bias is not None:
+                bias += q.sum(0)
+            q = self._back(i, q, "backward")
             if activation is not None:
-                activation.backward(out, *self._kept[i])
-            slope = out
-        return slope
+                activation.backward(q, u, a)
+            if p is None:
+                continue
+            moved_u, moved_a = self._moved[i]
+            if weight is not None:
+                weight.addmm_(p.t(), moved_a)
+            bends = activation is not None and activation.curvature is not None
+            if not i and not bends:
+                continue  # nothing reads p any more
+            p = self._back(i, p, "again")
+            if activation is not None and activation.curvature is not None:
+                q += activation.curvature(u, a).mul_(moved_u).mul_(p)
+            if activation is not None:
+                activation.backward(p, u, a)
+        return q

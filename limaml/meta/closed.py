@@ -1,20 +1,26 @@
-"""Slopes of the support loss without autograd: for global blocks whose `score` is a stack of layers (`LayeredBlock`).
+"""Losses' slopes by the meta embeddings without autograd: for global blocks that say which of their `score` is a stack of
+layers (`LayeredBlock`).
 
-Used where nothing is differentiated twice, as in generating: the rows of a piece are gathered and added in one pass,
-go through the layers and back by hand (`chain`), and are summed up for each task.
+The rows of a piece are gathered and added in one pass, go through the layers and back by hand (`chain`), and are summed
+up for each task, all within the cache. Nothing is kept of them: where slopes are differentiated once more, the rows are
+gathered again, and the derivative of a derivative is one tangent forward and two slopes back (`README.md` derives it).
+What the block's other slots add to the logits (`rest`) is left to autograd.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from limaml.meta.budget import cache_rows
 from limaml.meta.chain import Chain, chain_of
 from limaml.meta.losses import Losses
 from limaml.meta.scorer import Piece, RowScorer
-from limaml.meta.spread import summed
+from limaml.meta.spread import Spread, summed
 from limaml.types import LayeredBlock, Parts
 
 __all__ = ["ClosedForm"]
@@ -25,7 +31,10 @@ def _defines(block: object, method: str) -> type | None:
 
 
 class ClosedForm:
-    """The slopes of a scorer's rows. `of` gives None where its block or the way it is called does not allow it."""
+    """A scorer's rows, passed through by hand. `of` gives None where the block, or the way it is called, does not allow it.
+
+    Parts `own` are what `RowScorer.condition` gave for all tasks; the slot that the layers read must be among them.
+    """
 
     @staticmethod
     def of(scorer: RowScorer) -> ClosedForm | None:
@@ -39,91 +48,196 @@ class ClosedForm:
         return None if chain is None else ClosedForm(scorer, block, slot, bias, chain)
 
     def __init__(self, scorer: RowScorer, block: LayeredBlock, slot: int, bias: Tensor | None, chain: Chain) -> None:
-        self.scorer, self.block, self.slot, self.bias, self.chain = scorer, block, slot, bias, chain
-        self._gathers: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self.scorer, self.block, self.slot, self.chain = scorer, block, slot, chain
+        self._bias = bias
+        whole = len(scorer.pieces) == 1
+        self.pieces = scorer.cut_into(cache_rows(cast(nn.Module, block))) if whole else scorer.pieces
+        self._read = [i for i, parts in enumerate(scorer.sides) if parts[slot] is not None]
+        mixed = [i for i in self._read if not scorer.in_order[i]]
+        places, offset = [], 0
+        for i in mixed:
+            places.append(scorer.places[i] + offset)
+            offset += len(cast(Tensor, scorer.sides[i][slot]))
+        index = torch.stack([*places, scorer.owner + offset], 1)
+        longest = max(piece.rows.stop - piece.rows.start for piece in self.pieces)
+        self._mixed, self._index, self._each = mixed, index.flatten(), index.shape[1]
+        self._begin = torch.arange(0, longest * self._each, self._each, device=index.device)
+        self._gathered: dict[int, Tensor | None] = {}
 
-    def _gather(self, slot: int, conditioned: bool) -> tuple[Tensor, Tensor]:
-        """The entries of all rows in the table of a slot, row after row, and how many each has, times 0, 1, 2, …"""
-        key, scorer = (slot, conditioned), self.scorer
-        if key not in self._gathers:
-            places, offset = [], 0
-            for parts, place, in_order in zip(scorer.sides, scorer.places, scorer.in_order, strict=True):
+    @property
+    def twice(self) -> bool:
+        """Whether `differentiable_slopes` can be used."""
+        return self.chain.twice
+
+    def _biased(self, own: Parts) -> Tensor:
+        """What the layers read of each task, with the bias: it is added here, not to each row."""
+        part = cast(Tensor, own[self.slot])
+        return part if self._bias is None else part + self._bias
+
+    def _inputs(self) -> list[Tensor]:
+        """What the layers read of the sides' entries, then the layers' parameters."""
+        return [*(cast(Tensor, self.scorer.sides[i][self.slot]) for i in self._read), *self.chain.parameters]
+
+    def hidden(self, own: Tensor, sides: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        """What the layers read of the rows of each piece, `[n, width]`, in memory of its own."""
+        of_side = dict(zip(self._read, sides, strict=True))
+        table = torch.cat([*(of_side[i] for i in self._mixed), own]) if self._mixed else own
+        for piece in self.pieces:
+            rows = piece.rows
+            index = self._index[rows.start * self._each : rows.stop * self._each]
+            found = summed(table, index, self._begin[: rows.stop - rows.start])
+            for i in self._read:
+                if self.scorer.in_order[i]:
+                    found += of_side[i][rows]
+            yield piece, found
+
+    def scattered(self, piece: Piece, slope: Tensor, own: Tensor, sides: Sequence[Tensor | None]) -> None:
+        """Add the slopes `[n, width]` by what `hidden` gave for a piece to those by what it was made of."""
+        own[piece.tasks] += piece.segments.sum(slope)
+        for i, side in zip(self._read, sides, strict=True):
+            if side is None:
+                continue
+            if self.scorer.in_order[i]:
+                side[piece.rows] += slope
+            else:
+                side.index_add_(0, self.scorer.places[i][piece.rows], slope)
+
+    def _beside(self, own: Parts) -> Parts:
+        """The rows' parts in the slots that the layers do not read, `[n, …]`."""
+        scorer, rows = self.scorer, []
+        for i, part in enumerate(own):
+            row = None if part is None or i == self.slot else scorer.segments.rows(part)
+            fixed = None if i == self.slot else self._fixed(i)
+            rows.append(fixed if row is None else row if fixed is None else row + fixed)
+        return tuple(rows)
+
+    def _fixed(self, slot: int) -> Tensor | None:
+        """What all sides put into a slot of the rows; the same for all steps."""
+        if slot not in self._gathered:
+            scorer, total = self.scorer, None
+            for parts, place in zip(scorer.sides, scorer.places, strict=True):
                 part = parts[slot]
-                if part is not None and not in_order:
-                    places.append(place + offset)
-                    offset += len(part)
-            if conditioned:
-                places.append(scorer.owner + offset)
-            longest = max(piece.rows.stop - piece.rows.start for piece in scorer.pieces)
-            index = torch.stack(places, 1).flatten()
-            self._gathers[key] = index, torch.arange(0, longest * len(places), len(places), device=index.device)
-        return self._gathers[key]
+                if part is not None:
+                    more = Spread(place[:, None], len(part)).rows(part)
+                    total = more if total is None else total + more
+            self._gathered[slot] = total
+        return self._gathered[slot]
 
-    def _table(self, slot: int, own: Tensor | None) -> Tensor | None:
-        """All entries that rows of this slot are gathered from, under each other."""
-        scorer = self.scorer
-        sides = [parts[slot] for parts, in_order in zip(scorer.sides, scorer.in_order, strict=True) if not in_order]
-        tables = [part.detach() for part in (*sides, own) if part is not None]
-        if not tables:
-            return None
-        return tables[0] if len(tables) == 1 else torch.cat(tables)
+    def logits(self, own: Parts) -> Tensor:
+        """Logits `[n, heads]` of all rows; differentiable once."""
+        logits: Tensor = _Logits.apply(self, self._biased(own), *self._inputs())  # type: ignore[no-untyped-call]
+        rest = self.block.rest(self._beside(own))
+        return logits if rest is None else logits + rest
 
-    def _rows(self, slot: int, table: Tensor | None, piece: Piece, conditioned: bool) -> Tensor | None:
-        """The rows of a piece, `[n, …]`, in memory of their own; None where nothing fills the slot."""
-        scorer, rows, found = self.scorer, piece.rows, None
-        if table is not None:
-            index, begin = self._gather(slot, conditioned)
-            each, n = len(index) // len(scorer.owner), rows.stop - rows.start
-            found = summed(table.flatten(1), index[rows.start * each : rows.stop * each], begin[:n])
-            found = found.view(n, *table.shape[1:])
-        for parts, in_order in zip(scorer.sides, scorer.in_order, strict=True):
-            part = parts[slot]
-            if part is not None and in_order:
-                found = part.detach()[rows].clone() if found is None else found.add_(part.detach()[rows])
-        return found
-
-    @torch.no_grad()
     def slopes(
-        self, own: Parts, losses: Losses, y: Tensor, weight: Tensor, offset: Tensor | None
-    ) -> list[Tensor | None]:
-        """Derivative of each task's loss by the parts `[tasks, …]` of its meta embedding.
+        self,
+        own: Parts,
+        read: Sequence[int],
+        losses: Losses,
+        y: Tensor,
+        weight: Tensor,
+        offset: Tensor | None,
+        *,
+        create_graph: bool,
+    ) -> list[Tensor]:
+        """Derivatives of each task's loss by `own` in the slots `read`, `[tasks, …]`; differentiable with `create_graph`.
 
         `y` and `weight` `[n, heads]` are what `Losses.targets` gave for all rows; `offset` `[n, 1]` is added to the logits.
         """
-        scorer, slot = self.scorer, self.slot
-        given = list(own)
-        if self.bias is not None and given[slot] is not None:
-            given[slot] = cast(Tensor, given[slot]) + self.bias
-        tables = [self._table(i, part) for i, part in enumerate(given)]
-        sums = [None if part is None else torch.zeros_like(part) for part in own]
-        for piece in scorer.pieces:
-            rows = [
-                self._rows(i, table, piece, part is not None)
-                for i, (table, part) in enumerate(zip(tables, given, strict=True))
-            ]
-            hidden = cast(Tensor, rows[slot])
-            if self.bias is not None and given[slot] is None:
-                hidden += self.bias
-            logits = self.chain.forward(hidden)
-            leaves = {
-                i: cast(Tensor, rows[i]).requires_grad_()
-                for i, part in enumerate(own)
-                if part is not None and i != slot
-            }
-            with torch.enable_grad():
-                rest = self.block.rest(tuple(rows))
-            if rest is not None:
-                logits = logits + rest.detach()
-            if offset is not None:
-                logits = logits + offset[piece.rows].to(logits.dtype)
-            slope = losses.slope(logits, y[piece.rows], weight[piece.rows])
-            found = {}
-            if rest is not None and leaves and rest.requires_grad:
-                outer = slope if rest.shape == slope.shape else slope.sum(1, keepdim=True)
-                slopes = torch.autograd.grad(rest, list(leaves.values()), outer, materialize_grads=True)
-                found = dict(zip(leaves, slopes, strict=True))
-            if own[slot] is not None:
-                found[slot] = self.chain.backward(slope)
-            for i, one in found.items():
-                cast(Tensor, sums[i])[piece.tasks] += piece.segments.sum(one)
-        return sums
+        beside = self._beside(own)
+        others = [i for i in read if i != self.slot]
+        if not create_graph:
+            beside = tuple(None if part is None else part.detach() for part in beside)
+        leaves = [cast(Tensor, beside[i]).requires_grad_() for i in others]
+        rest = self.block.rest(beside)
+        extra = rest if offset is None else offset if rest is None else rest + offset.to(rest.dtype)
+        extra = y.new_zeros(()) if extra is None else extra.to(y.dtype)
+        with torch.set_grad_enabled(create_graph):
+            sums, outer = _Slopes.apply(  # type: ignore[no-untyped-call]
+                self, losses, extra, y, weight, losses.log_variance, self._biased(own), *self._inputs()
+            )
+        found = {self.slot: sums}
+        if leaves and rest is not None and rest.requires_grad:
+            outer = outer if rest.shape == outer.shape else outer.sum(1, keepdim=True)
+            slopes = torch.autograd.grad(
+                rest, leaves, outer, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+            found |= {i: self.scorer.segments.sum(slope) for i, slope in zip(others, slopes, strict=True)}
+        return [found[i] if i in found else torch.zeros_like(cast(Tensor, own[i])) for i in read]
+
+
+def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [torch.zeros_like(t) if want else None for t, want in zip(tensors, wanted, strict=True)]
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, closed: ClosedForm, own: Tensor, *given: Tensor) -> Tensor:
+        sides = given[: len(closed._read)]
+        ctx.closed = closed
+        ctx.save_for_backward(own, *given)
+        return torch.cat([closed.chain.forward(hidden).clone() for _, hidden in closed.hidden(own, sides)])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, q: Tensor) -> tuple[Tensor | None, ...]:
+        closed, (own, *given) = ctx.closed, ctx.saved_tensors
+        of_own, found, count = torch.zeros_like(own), _zeros(given, ctx.needs_input_grad[2:]), len(closed._read)
+        for piece, hidden in closed.hidden(own, given[:count]):
+            closed.chain.forward(hidden)
+            slope = closed.chain.reverse(q[piece.rows], None, found[count:])
+            closed.scattered(piece, slope, of_own, found[:count])
+        return None, of_own, *found
+
+
+class _Slopes(torch.autograd.Function):
+    """(…, what rows are made of, parameters) → sums of the slopes by `own`, and slopes by the logits."""
+
+    @staticmethod
+    def _passed(
+        closed: ClosedForm, extra: Tensor, own: Tensor, sides: Sequence[Tensor]
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        for piece, hidden in closed.hidden(own, sides):
+            yield piece, closed.chain.forward(hidden).add_(extra[piece.rows] if extra.dim() else extra)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        closed: ClosedForm,
+        losses: Losses,
+        extra: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        log_variance: Tensor,
+        own: Tensor,
+        *given: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.closed, ctx.losses = closed, losses
+        ctx.save_for_backward(extra, y, weight, own, *given)
+        sums, slopes = torch.zeros_like(own), torch.empty_like(y)
+        for piece, logits in _Slopes._passed(closed, extra, own, given[: len(closed._read)]):
+            rows = piece.rows
+            slopes[rows] = slope = losses.slope(logits, y[rows], weight[rows])
+            sums[piece.tasks] += piece.segments.sum(closed.chain.backward(slope))
+        return sums, slopes
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, v: Tensor, e: Tensor) -> tuple[Tensor | None, ...]:
+        closed, losses, (extra, y, weight, own, *given) = ctx.closed, ctx.losses, ctx.saved_tensors
+        wants, count = ctx.needs_input_grad, len(closed._read)
+        found, of_own = _zeros(given, wants[7:]), torch.zeros_like(own)
+        of_extra, of_weight = torch.empty_like(e), torch.empty_like(e) if wants[4] else None
+        of_variance = torch.zeros_like(losses.log_variance) if wants[5] else None
+        for piece, logits in _Slopes._passed(closed, extra, own, given[:count]):
+            rows = piece.rows
+            along = closed.chain.tangent(piece.segments.rows(v[piece.tasks])) + e[rows]
+            slope, curvature = losses.slope_and_curvature_of(logits, y[rows], weight[rows])
+            q = of_extra[rows] = curvature * along
+            if of_weight is not None:
+                of_weight[rows] = losses.slope(logits, y[rows], torch.ones_like(along)) * along
+            if of_variance is not None:
+                of_variance -= torch.where(losses.squared, (slope * along).sum(0), 0.0)
+            closed.scattered(piece, closed.chain.reverse(q, slope, found[count:]), of_own, found[:count])
+        of_extra = of_extra.sum_to_size(extra.shape) if wants[2] else None
+        return None, None, of_extra, None, of_weight, of_variance, of_own, *found

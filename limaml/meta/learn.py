@@ -101,7 +101,7 @@ class MetaLearner:
         z = self.model.adapt(self.data, task, tasks, batch.batch.support)
         held: Held = {other: self._others[other, batch.side].__getitem__ for other in self.model.tasks if other != task}
         query = Support(self.model.global_block, self.model.losses, self.data, task, tasks, batch.batch.query, held)
-        logits = query.shifted(query.scorer.logits(z))
+        logits = query.logits(z)
         return self.model.losses.loss(logits, query.labels, query.weights)
 
     def tasks_in(self, batch: MetaBatch) -> int:

@@ -93,16 +93,18 @@ class Losses(nn.Module):
             slope = torch.where(self.squared, (logits - y) * torch.exp(-self.log_variance.to(logits.dtype)), slope)
         return slope * weight
 
-    def slope_and_curvature(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """`slope`, and the Gauss-Newton curvature, both `[n, heads]`."""
-        y, weight = self.targets(labels, weights, widened(logits, self).dtype)
-        slope = self.slope(logits, y, weight)
+    def slope_and_curvature_of(self, logits: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`slope`, and the Gauss-Newton curvature, both `[n, heads]`, for what `targets` gave."""
         p = torch.sigmoid(widened(logits, self))
         curvature = p * (1 - p)
         if any(self.kinds_are(LossKind.SQUARED)):
             precision = torch.exp(-self.log_variance.to(p.dtype)).expand_as(p)
             curvature = torch.where(self.squared, precision, curvature)
-        return slope, curvature * weight
+        return self.slope(logits, y, weight), curvature * weight
+
+    def slope_and_curvature(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for labels `[n, heads]` and weights `[n]`."""
+        return self.slope_and_curvature_of(logits, *self.targets(labels, weights, widened(logits, self).dtype))
 
     def _checked(self, logits: Tensor, labels: Tensor) -> Tensor:
         if logits.shape != labels.shape or logits.shape[1] != self.heads:  # broadcasting would hide it

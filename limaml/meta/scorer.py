@@ -104,7 +104,8 @@ class RowScorer:
         self.owner = rows.owner.to(self.device)
         self.precision = precision_of_blocks(self.device)
         self.cut = hoist and isinstance(block, CutBlock)
-        self.pieces = self._cut_into(rows.owner, rows_per_piece)
+        self.segments = Segments(self.owner, len(tasks))
+        self.pieces = self.cut_into(rows_per_piece)
         self.sides: list[Parts] = []  # parts of the distinct entries of each side
         self.places: list[Tensor] = []  # which of them each row has
         self.in_order: list[bool] = []  # whether that is one after the other
@@ -121,18 +122,18 @@ class RowScorer:
                 if side != task and side in held:
                     self._features[embedding_name(side)] = held[side](entry).to(self.device)
 
-    def _cut_into(self, owner: Tensor, rows_per_piece: int | None) -> list[Piece]:
-        rows, whole = len(owner), Segments(owner, self.tasks)
+    def cut_into(self, rows_per_piece: int | None) -> list[Piece]:
+        """The rows in pieces of so many, or in one."""
+        owner, rows, pieces = self.owner, len(self.owner), []
         if rows_per_piece is None or rows <= rows_per_piece:
-            whole = Segments(self.owner, self.tasks, begin=whole.begin.to(self.device))
-            return [Piece(slice(0, rows), slice(0, self.tasks), whole, SharedMasks(self.block))]
-        pieces = []
-        for start in range(0, rows, rows_per_piece):
-            end = min(rows, start + rows_per_piece)
-            first, last = int(owner[start]), int(owner[end - 1]) + 1
-            begin = (whole.begin[first:last] - start).clamp(min=0).to(self.device)
-            segments = Segments(self.owner[start:end] - first, last - first, begin=begin)
-            pieces.append(Piece(slice(start, end), slice(first, last), segments, SharedMasks(self.block)))
+            return [Piece(slice(0, rows), slice(0, self.tasks), self.segments, SharedMasks(self.block))]
+        starts = range(0, rows, rows_per_piece)
+        ends = [min(rows, start + rows_per_piece) for start in starts]
+        firsts, lasts = owner[list(starts)].tolist(), owner[[end - 1 for end in ends]].tolist()
+        for start, end, first, last in zip(starts, ends, firsts, lasts, strict=True):
+            begin = (self.segments.begin[first : last + 1] - start).clamp(min=0)
+            segments = Segments(owner[start:end] - first, last + 1 - first, begin=begin)
+            pieces.append(Piece(slice(start, end), slice(first, last + 1), segments, SharedMasks(self.block)))
         return pieces
 
     def _encode(

@@ -15,7 +15,6 @@ from limaml.meta.closed import ClosedForm
 from limaml.meta.losses import Losses
 from limaml.meta.recompute import recomputed
 from limaml.meta.scorer import Held, Piece, RowScorer
-from limaml.meta.segments import Segments
 from limaml.types import Interactions, Parts, Rows, embedding_name
 
 __all__ = ["PieceSums", "Support"]
@@ -50,7 +49,7 @@ class Support:
         if half_life is not None:
             self.weights = self.weights * half_life(ages(data, task, rows, len(tasks)))
         self.offset = None if data.offset is None else data.offset[rows.rows, None].to(device)
-        self.segments = Segments(self.scorer.owner, len(tasks))
+        self.segments = self.scorer.segments
         known = self.labels.isfinite().any(1)
         self.weight = self.segments.sum(self.weights * known)  # (tasks,): total weight of each support
 
@@ -63,16 +62,30 @@ class Support:
 
     def loss(self, z: Tensor) -> Tensor:
         """Sum of the weighted losses of each task's support, `[tasks]`; 0 for a task without rows."""
-        return self.segments.sum(self.losses.loss(self.shifted(self.scorer.logits(z)), self.labels, self.weights))
+        twice = torch.is_grad_enabled()  # somebody may differentiate the slopes again
+        logits = self.shifted(self.scorer.logits(z)) if twice else self.logits(z)
+        return self.segments.sum(self.losses.loss(logits, self.labels, self.weights))
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Logits `[n, heads]` of all rows for meta embeddings `z` `[tasks, dim]`, as the losses see them; differentiable
+        once."""
+        parts = self.scorer.condition(z)
+        closed = self._closed(parts)
+        return self.shifted(self.scorer.logits(z) if closed is None else closed.logits(parts))
+
+    def _closed(self, parts: Parts) -> ClosedForm | None:
+        """The closed form of the scorer, if it has one for meta embeddings that fill these slots."""
+        closed = self._closed_form
+        return closed if closed is not None and parts[closed.slot] is not None else None
 
     @cached_property
-    def closed(self) -> ClosedForm | None:
+    def _closed_form(self) -> ClosedForm | None:
         return ClosedForm.of(self.scorer)
 
     @cached_property
     def targets(self) -> tuple[Tensor, Tensor]:
         """What each row's logits are compared with, and how much each label weighs, `[n, heads]`."""
-        return self.losses.targets(self.labels, self.weights.detach(), self.scorer.dtype or self.weights.dtype)
+        return self.losses.targets(self.labels, self.weights, self.scorer.dtype or self.weights.dtype)
 
     def row_losses(self, logits: Tensor, piece: Piece, weights: Tensor) -> Tensor:
         """Weighted losses of a piece's rows, `[n]`."""
@@ -108,9 +121,11 @@ class Support:
                 )
                 return [piece.segments.sum(slope) for slope in found]
 
-            if self.closed is not None and not create_graph:
-                found = self.closed.slopes(parts, self.losses, *self.targets, self.offset)
-                sums = [cast(Tensor, found[i]) for i in read]
+            closed = self._closed(parts)
+            if closed is not None and (closed.twice or not create_graph):
+                sums = closed.slopes(
+                    parts, read, self.losses, *self.targets, self.offset, create_graph=create_graph
+                )
             else:
                 sums = self.over_pieces(slopes, parts, create_graph)
             return torch.autograd.grad([cast(Tensor, parts[i]) for i in read], z, sums, create_graph=create_graph)[0]
