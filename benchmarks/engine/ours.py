@@ -72,12 +72,12 @@ class Limaml:
 
     kind: Kind = "limaml"
 
-    def __init__(self, distinct: bool = True) -> None:
-        self.distinct = distinct
+    def __init__(self, distinct: bool = True, make: Callable[[Blocks, int], MetaModel] = model_of) -> None:
+        self.distinct, self._make = distinct, make
         self.name = "limaml" if distinct else "limaml, rows not shared"
 
     def prepare(self, blocks: Blocks, problem: Problem, steps: int) -> tuple[Callable[[], Outcome], int]:
-        model, data = model_of(blocks, steps), interactions_of(problem, self.distinct)
+        model, data = self._make(blocks, steps), interactions_of(problem, self.distinct)
         count = len(problem.support)
         support = Rows(torch.arange(count), problem.support.owner)
         if problem.work == "generate":
