@@ -62,6 +62,11 @@ class Adaptation(_Frozen):
     )
     max_support: int | None = Field(default=512, ge=1, description="Most recent interactions a task is adapted on.")
     engine: Literal["auto", "lowrank", "vmap", "loop"] = "auto"
+    memory_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory that adapting may take, beside model and data, in MiB. None: half of what is free.",
+    )
 
 
 class TrainConfig(_Frozen):

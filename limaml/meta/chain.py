@@ -136,7 +136,7 @@ class Chain:
         return not any(activation is not None and activation.unknown for activation, _ in self._layers)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Weight and bias of each layer, but for biases that are None."""
         return [p for _, linear in self._layers for p in (linear.weight, linear.bias) if p is not None]
 

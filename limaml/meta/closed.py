@@ -179,7 +179,7 @@ class _Logits(torch.autograd.Function):
         return torch.cat([closed.chain.forward(hidden).clone() for _, hidden in closed.hidden(own, sides)])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, q: Tensor) -> tuple[Tensor | None, ...]:
         closed, (own, *given) = ctx.closed, ctx.saved_tensors
         of_own, found, count = torch.zeros_like(own), _zeros(given, ctx.needs_input_grad[2:]), len(closed._read)
@@ -222,7 +222,7 @@ class _Slopes(torch.autograd.Function):
         return sums, slopes
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, v: Tensor, e: Tensor) -> tuple[Tensor | None, ...]:
         closed, losses, (extra, y, weight, own, *given) = ctx.closed, ctx.losses, ctx.saved_tensors
         wants, count = ctx.needs_input_grad, len(closed._read)
@@ -239,5 +239,13 @@ class _Slopes(torch.autograd.Function):
             if of_variance is not None:
                 of_variance -= torch.where(losses.squared, (slope * along).sum(0), 0.0)
             closed.scattered(piece, closed.chain.reverse(q, slope, found[count:]), of_own, found[:count])
-        of_extra = of_extra.sum_to_size(extra.shape) if wants[2] else None
-        return None, None, of_extra, None, of_weight, of_variance, of_own, *found
+        return (
+            None,
+            None,
+            of_extra.sum_to_size(extra.shape) if wants[2] else None,
+            None,
+            of_weight,
+            of_variance,
+            of_own,
+            *found,
+        )

@@ -12,7 +12,6 @@ from limaml.meta.age import warn_if_short
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.scorer import Held
-from limaml.meta.support import Support
 from limaml.tasks import Split, TaskBatch, TaskRows, cross_fit, task_batches, time_cut
 from limaml.types import Interactions
 
@@ -100,9 +99,8 @@ class MetaLearner:
         task, tasks = batch.task, batch.batch.tasks
         z = self.model.adapt(self.data, task, tasks, batch.batch.support)
         held: Held = {other: self._others[other, batch.side].__getitem__ for other in self.model.tasks if other != task}
-        query = Support(self.model.global_block, self.model.losses, self.data, task, tasks, batch.batch.query, held)
-        logits = query.logits(z)
-        return self.model.losses.loss(logits, query.labels, query.weights)
+        query = self.model.scored(self.data, task, tasks, batch.batch.query, held)
+        return self.model.losses.loss(query.logits(z), query.labels, query.weights)
 
     def tasks_in(self, batch: MetaBatch) -> int:
         return len(batch.batch.tasks)

@@ -24,7 +24,7 @@ from limaml.errors import ModelError
 from limaml.meta.adapted import structure_of, widened
 from limaml.meta.age import HalfLife
 from limaml.meta.blocks import CONSTANT
-from limaml.meta.budget import cache_rows
+from limaml.meta.budget import FREE_SHARE, cache_rows, free_bytes, kept_bytes
 from limaml.meta.engine import Engine
 from limaml.meta.gradient import GradientSolver
 from limaml.meta.loop import Loop
@@ -44,6 +44,13 @@ from limaml.types import Features, Interactions, LossKind, Rows
 __all__ = ["MetaModel"]
 
 logger = logging.getLogger("limaml")
+
+FEW_ROWS = 4096
+"""So many rows are never cut for the sake of memory."""
+
+ROW_BYTES = 1024
+"""A row of a support, while its task is generated: its place in the tables, its labels, and its features or its share
+of the parts."""
 
 
 class MetaModel(nn.Module):
@@ -88,6 +95,7 @@ class MetaModel(nn.Module):
         self.half_lives = nn.ModuleDict({} if start is None else {task: HalfLife(start) for task in meta_blocks})
         self._engines: dict[tuple[str, bool], tuple[tuple[object, ...], Engine]] = {}
         self._read_by_global: set[str] = set()
+        self._kept_per_task: dict[str, int] = {}
 
     def _solver(self, task: str) -> nn.Module:
         settings = self.adaptation
@@ -195,17 +203,7 @@ class MetaModel(nn.Module):
             if not len(support) or solver.steps == 0:
                 return cold, solver.prior_factor(cold) if isinstance(solver, NewtonSolver) else None
             held = self.held_cold(data, task)
-            problem = Support(
-                self.global_block,
-                self.losses,
-                data,
-                task,
-                tasks,
-                support,
-                held,
-                half_life=half_life,
-                rows_per_piece=None if torch.is_grad_enabled() else cache_rows(self.global_block),
-            )
+            problem = self.scored(data, task, tasks, support, held, half_life)
             if task not in self._read_by_global:
                 problem.refuse_unread(cold, task)
                 self._read_by_global.add(task)
@@ -215,6 +213,48 @@ class MetaModel(nn.Module):
                 features = self.features_of(data, task, tasks)
                 z = solver(self.engine(task, features), features, problem)
         return torch.where((problem.weight > 0)[:, None], z, cold), factor
+
+    def scored(
+        self,
+        data: Interactions,
+        task: str,
+        tasks: Tensor,
+        rows: Rows,
+        held: Held,
+        half_life: HalfLife | None = None,
+    ) -> Support:
+        """Rows of `tasks` to adapt on, or to judge them on, with the other task types `held`; in pieces that fit."""
+        each = self._rows_per_piece(data, task, tasks, rows, held)
+        block, losses = self.global_block, self.losses
+        return Support(block, losses, data, task, tasks, rows, held, half_life=half_life, rows_per_piece=each)
+
+    def _budget(self) -> int:
+        """Bytes that adapting may take."""
+        limit = self.adaptation.memory_mib
+        return int(FREE_SHARE * free_bytes(self.device)) if limit is None else limit * 2**20
+
+    def _rows_per_piece(self, data: Interactions, task: str, tasks: Tensor, rows: Rows, held: Held) -> int | None:
+        """Rows that are worked on at once: what fits the cache, or, with gradients, the memory. None: all."""
+        if not torch.is_grad_enabled():
+            return cache_rows(self.global_block) if self.device.type == "cpu" else None
+        if len(rows) <= FEW_ROWS:
+            return None
+        few = Rows(rows.rows[:FEW_ROWS], rows.owner[:FEW_ROWS])
+        few = Rows(few.rows[few.owner < 64], few.owner[few.owner < 64])
+        sample = RowScorer(self.global_block, data, task, tasks[:64], few, held)
+        z = torch.zeros(min(64, len(tasks)), self.dims[task] or 0, dtype=self.dtype, device=self.device)
+        kept = kept_bytes(lambda: sample.logits(z.requires_grad_()), self.parameters())
+        passes = 3 * self.adaptation.steps  # of each step: the pass, its slope, and what that is made of
+        return max(FEW_ROWS, self._budget() * len(few) // max(1, kept * passes))
+
+    def _task_bytes(self, data: Interactions, task: str, tasks: Tensor) -> int:
+        """Bytes that one more task takes while it is adapted, without its rows; as measured the first time."""
+        if task not in self._kept_per_task:
+            few = tasks[:8]
+            self._kept_per_task[task] = kept_bytes(lambda: self.cold(data, task, few), self.parameters()) // len(few)
+        kept = self._kept_per_task[task]
+        numbers, steps = (self.dims[task] or 0) ** 2, self.adaptation.steps
+        return (2 + 2 * steps) * kept + 16 * numbers  # activations and slopes of each step; H, its factor and theirs
 
     def _solver_of(self, task: str) -> nn.Module:
         if task not in self.solvers:
@@ -269,8 +309,8 @@ class MetaModel(nn.Module):
     ) -> Tensor | Posterior:
         """Meta embeddings `[tasks, dim]` of `tasks` (default: every entry), adapted on their most recent rows in `among`.
 
-        Tasks are taken in chunks of about `rows_per_chunk` support rows, so that memory does not grow with their
-        number. `progress` is called with (tasks done, tasks in all).
+        Tasks are taken in chunks of about `rows_per_chunk` support rows, or of as many as `adapt.memory_mib` allows, so that
+        memory does not grow with their number. `progress` is called with (tasks done, tasks in all).
 
         With `uncertainty` the result is the `Posterior` around the embeddings (solver newton): `dim²` more numbers a task.
         """
@@ -278,8 +318,10 @@ class MetaModel(nn.Module):
         cap = self.adaptation.max_support
         size = among.size[tasks]
         used = size if cap is None else size.clamp(max=cap)
-        # A task weighs its rows, plus one: cold tasks cost something too.
-        chunk = torch.div(torch.cumsum(used + 1, 0) - 1, rows_per_chunk, rounding_mode="floor")
+        # A task weighs its rows and what its own layers take, in bytes: cold tasks cost something too.
+        each = self._task_bytes(data, task, tasks) if len(tasks) else 0
+        most = min(self._budget(), rows_per_chunk * ROW_BYTES)
+        chunk = torch.div(torch.cumsum(used * ROW_BYTES + each, 0) - 1, max(1, most), rounding_mode="floor")
         solver, dim = self._newton(task) if uncertainty else None, self.dims[task] or 0
         vectors = [torch.zeros(0, dim, dtype=self.dtype, device=self.device)]
         factors = [torch.zeros(0, dim, dim, dtype=self.dtype, device=self.device)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import cast
 
@@ -69,9 +69,17 @@ class Support:
     def logits(self, z: Tensor) -> Tensor:
         """Logits `[n, heads]` of all rows for meta embeddings `z` `[tasks, dim]`, as the losses see them; differentiable
         once."""
-        parts = self.scorer.condition(z)
+        scorer, parts = self.scorer, self.scorer.condition(z)
         closed = self._closed(parts)
-        return self.shifted(self.scorer.logits(z) if closed is None else closed.logits(parts))
+        if closed is not None:
+            return self.shifted(closed.logits(parts))
+        if len(scorer.pieces) == 1 or not torch.is_grad_enabled():
+            return self.shifted(scorer.logits(z))
+
+        def logits(piece: Piece, own: Parts, sides: Sequence[Parts], weights: Tensor, graph: bool) -> Sequence[Tensor]:
+            return [scorer.score(scorer.rows(own, piece, sides), piece)]
+
+        return self.shifted(torch.cat([found[0] for _, found in self._each_piece(logits, parts, True)]))
 
     def _closed(self, parts: Parts) -> ClosedForm | None:
         """The closed form of the scorer, if it has one for meta embeddings that fill these slots."""
@@ -123,9 +131,7 @@ class Support:
 
             closed = self._closed(parts)
             if closed is not None and (closed.twice or not create_graph):
-                sums = closed.slopes(
-                    parts, read, self.losses, *self.targets, self.offset, create_graph=create_graph
-                )
+                sums = closed.slopes(parts, read, self.losses, *self.targets, self.offset, create_graph=create_graph)
             else:
                 sums = self.over_pieces(slopes, parts, create_graph)
             return torch.autograd.grad([cast(Tensor, parts[i]) for i in read], z, sums, create_graph=create_graph)[0]
@@ -140,31 +146,36 @@ class Support:
         `inputs` are `[tasks, …]`, and `compute` is given those of the piece's tasks. Nothing is kept of a piece where no
         graph is asked for; where there are several and a graph is asked for, the backward pass computes each again.
         """
+        totals: list[Tensor] = []
+        for piece, found in self._each_piece(compute, inputs, create_graph):
+            if len(self.scorer.pieces) == 1:
+                return list(found)
+            if not totals:
+                totals = [sums.new_zeros(self.scorer.tasks, *sums.shape[1:]) for sums in found]
+            for total, sums in zip(totals, found, strict=True):
+                total[piece.tasks] += sums
+        return totals
+
+    def _each_piece(
+        self, compute: PieceSums, inputs: Parts, create_graph: bool
+    ) -> Iterator[tuple[Piece, Sequence[Tensor]]]:
         scorer = self.scorer
         if len(scorer.pieces) == 1:
-            return list(compute(scorer.pieces[0], inputs, scorer.sides, self.weights, create_graph))
+            yield scorer.pieces[0], compute(scorer.pieces[0], inputs, scorer.sides, self.weights, create_graph)
+            return
         parameters = [p for p in (*scorer.block.parameters(), *self.losses.parameters()) if p.requires_grad]
-        totals: list[Tensor] = []
         for piece in scorer.pieces:
 
             def one(given: Sequence[Tensor | None], graph: bool, piece: Piece = piece) -> Sequence[Tensor]:
-                own, weights, rest = (
-                    given[: len(inputs)],
-                    cast(Tensor, given[len(inputs)]),
-                    iter(given[len(inputs) + 1 :]),
-                )
+                own, weights = given[: len(inputs)], cast(Tensor, given[len(inputs)])
+                rest = iter(given[len(inputs) + 1 :])
                 sides = [tuple(next(rest) for _ in parts) for parts in scorer.sides]
                 with torch.enable_grad():
                     return compute(piece, tuple(own), sides, weights, graph)
 
             own = [None if part is None else part[piece.tasks] for part in inputs]
             given = [*own, self.weights[piece.rows], *(part for parts in scorer.sides for part in parts)]
-            found = recomputed(one, given, parameters) if create_graph else one(given, False)
-            if not totals:
-                totals = [sums.new_zeros(scorer.tasks, *sums.shape[1:]) for sums in found]
-            for total, sums in zip(totals, found, strict=True):
-                total[piece.tasks] += sums
-        return totals
+            yield piece, recomputed(one, given, parameters) if create_graph else one(given, False)
 
     def refuse_unread(self, z: Tensor, task: str) -> None:
         """Raise `ModelError` unless the logits depend on the meta embeddings `z` of `task` (here `[tasks, dim]`)."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from limaml.meta.budget import free_bytes, kept_bytes
 from limaml.meta.chain import chain_of
 from limaml.meta.closed import ClosedForm
+from limaml.meta.model import MetaModel
 from limaml.meta.newton import NewtonSolver
 from limaml.meta.spread import Spread
 from limaml.meta.support import Support
 from limaml.tasks import TaskRows
+from limaml.types import Interactions, Rows
 from tests.meta.engines import DIM, Case, model_of, random_data
 
 cases = st.builds(
@@ -146,3 +152,71 @@ def test_spread_and_its_transpose(rows: int, each: int, entries: int, seed: int)
     torch.testing.assert_close((spread.rows(table) * values).sum(), (table * spread.sums(values)).sum())
     if rows:
         assert torch.autograd.gradcheck(spread.rows, table) and torch.autograd.gradgradcheck(spread.sums, values)
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases, st.integers(1, 40))
+def test_query_logits(case: Case, rows_per_piece: int) -> None:
+    whole, z = support_of(case, None, hoist=False)
+    truth = whole.shifted(whole.scorer.logits(z))
+    for size in (None, rows_per_piece):
+        support, _ = support_of(case, size)
+        found = support.logits(z)
+        assert_same([found.detach()], [truth.detach()])
+        assert_same(derived(support, [found], z), derived(whole, [truth], z))
+
+
+@pytest.mark.parametrize("solver", ["gradient", "newton"])
+@pytest.mark.parametrize("global_block", ["plain", "interaction"])
+def test_a_long_task_is_cut_where_memory_is_scarce(
+    solver: str, global_block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One task with more rows than memory has room for: the meta-gradient is the same, and far less of it is kept."""
+    monkeypatch.setattr("limaml.meta.model.FEW_ROWS", 64)
+    case = Case(sizes=(20_000, 3, 0), global_block=global_block)
+    found, kept = [], []
+    for memory in (1, 4096):
+        adaptation = {"solver": solver, "memory_mib": memory}
+        model, data = model_of(replace(case, adaptation=adaptation), "auto"), random_data(case)
+        rows = TaskRows.of(data.index["user"], 3).of_tasks(torch.arange(3))
+
+        def run(model: MetaModel = model, data: Interactions = data, rows: Rows = rows) -> Tensor:
+            z = model.adapt(data, "user", torch.arange(3), rows)
+            query = model.scored(data, "user", torch.arange(3), rows, model.held_cold(data, "user"))
+            return model.losses.loss(query.logits(z), query.labels, query.weights).sum()
+
+        kept.append(kept_bytes(run, model.parameters()))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(run(), parameters, allow_unused=True, materialize_grads=True))
+    assert_same(list(found[0]), list(found[1]))
+    if global_block == "plain":  # the other keeps nothing in either case
+        assert kept[0] < kept[1] / 3
+
+
+def test_few_tasks_are_in_flight_where_memory_is_scarce() -> None:
+    case = Case(sizes=(5,) * 40)
+    data, seen, results = random_data(case), [], []
+    for memory in (1, None):
+        model = model_of(replace(case, adaptation={"memory_mib": memory}), "auto")
+        done: list[int] = []
+        grouped = TaskRows.of(data.index["user"], 40)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("limaml.meta.model.ROW_BYTES", 2**16)
+            results.append(model.embed(data, "user", grouped, progress=lambda n, _, done=done: done.append(n)))
+        seen.append(done)
+    assert len(seen[0]) > len(seen[1]) == 1 and seen[0][-1] == 40
+    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-10)
+
+
+def test_free_memory_is_what_the_group_leaves(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu, tmp_path) == 2**32  # nothing to read
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert free_bytes(cpu, tmp_path) == 5000 * 1024
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert free_bytes(cpu, tmp_path) == 5000 * 1024
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000000\n")
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000000\n")
+    assert free_bytes(cpu, tmp_path) == 2_000_000
