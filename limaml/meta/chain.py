@@ -131,6 +131,11 @@ class Chain:
         self._buffers: dict[tuple[int, str], Tensor] = {}
 
     @property
+    def heads(self) -> int:
+        """Width of the output."""
+        return self._layers[-1][1].out_features
+
+    @property
     def twice(self) -> bool:
         """Whether every activation's second derivative is known, so that `reverse` can be used."""
         return not any(activation is not None and activation.unknown for activation, _ in self._layers)
@@ -146,23 +151,40 @@ class Chain:
             buffer = self._buffers[layer, use] = like.new_empty(rows, width)
         return buffer[:rows]
 
-    def forward(self, h: Tensor) -> Tensor:
-        """`[n, in]` → `[n, out]`. `h` is written over."""
+    def room(self, rows: int, like: Tensor) -> list[Tensor]:
+        """Memory for what the Linear layers give for so many rows, to be kept by the caller of `forward`."""
+        return [like.new_empty(rows, linear.out_features) for _, linear in self._layers]
+
+    def forward(self, h: Tensor, kept: Sequence[Tensor] | None = None) -> Tensor:
+        """`[n, in]` → `[n, out]`. `h` is written over. With `kept` the layers write there, so that `again` can be used."""
         self._kept.clear()
-        rows = len(h)
         for i, (activation, linear) in enumerate(self._layers):
-            u, a = h, h
-            if activation is not None:
-                a = h if activation.in_place else self._buffer(i, "activation", rows, h.shape[1], h)
-                activation.forward(u, a)
-            self._kept.append((u, a))
-            h = self._buffer(i, "forward", rows, linear.out_features, h)
+            a = self._activated(i, activation, h, fresh=True)
+            h = self._buffer(i, "forward", len(a), linear.out_features, a) if kept is None else kept[i]
             bias: Tensor | None = linear.bias  # (torch says it is always there)
             if bias is None:
                 torch.mm(a, linear.weight.t(), out=h)
             else:
                 torch.addmm(bias, a, linear.weight.t(), out=h)
         return h
+
+    def again(self, h: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        """What `forward(h, kept)` gave and noted, without its products."""
+        self._kept.clear()
+        for i, (activation, _) in enumerate(self._layers):
+            self._activated(i, activation, kept[i - 1] if i else h, fresh=not i)
+        return kept[-1]
+
+    def _activated(self, i: int, activation: _Activation | None, u: Tensor, *, fresh: bool) -> Tensor:
+        """The activation's output for u, noted; if u is not `fresh`, its place is taken by the output already."""
+        a = u
+        if activation is not None:
+            if not activation.in_place:
+                a = self._buffer(i, "activation", len(u), u.shape[1], u)
+            if fresh or not activation.in_place:
+                activation.forward(u, a)
+        self._kept.append((u, a))
+        return a
 
     def backward(self, slope: Tensor) -> Tensor:
         """Slope by the output `[n, out]` → slope by the input `[n, in]`."""

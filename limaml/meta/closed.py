@@ -2,8 +2,8 @@
 layers (`LayeredBlock`).
 
 The rows of a piece are gathered and added in one pass, go through the layers and back by hand (`chain`), and are summed
-up for each task, all within the cache. Nothing is kept of them: where slopes are differentiated once more, the rows are
-gathered again, and the derivative of a derivative is one tangent forward and two slopes back (`README.md` derives it).
+up for each task, all within the cache. Where slopes are differentiated once more, the rows are gathered again (and, where memory is scarce,
+multiplied again: else the layers' outputs are kept), and the derivative of a derivative is one tangent forward and two slopes back (`README.md` derives it).
 What the block's other slots add to the logits (`rest`) is left to autograd.
 """
 
@@ -166,39 +166,44 @@ class ClosedForm:
         return [found[i] if i in found else torch.zeros_like(cast(Tensor, own[i])) for i in read]
 
 
+def _room(closed: ClosedForm, like: Tensor, wanted: bool) -> list[Tensor]:
+    """Where the layers' outputs of all rows are kept for the backward pass; none where memory is scarce."""
+    scarce = len(closed.scorer.pieces) > 1
+    return [] if scarce or not wanted else closed.chain.room(len(closed.scorer.owner), like)
+
+
 def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     return [torch.zeros_like(t) if want else None for t, want in zip(tensors, wanted, strict=True)]
 
 
 class _Logits(torch.autograd.Function):
+    """(…, what rows are made of, parameters) → the layers' outputs for all rows."""
+
     @staticmethod
     def forward(ctx: Any, closed: ClosedForm, own: Tensor, *given: Tensor) -> Tensor:
-        sides = given[: len(closed._read)]
-        ctx.closed = closed
+        sides, chain = given[: len(closed._read)], closed.chain
+        kept = _room(closed, own, any(ctx.needs_input_grad))
+        ctx.closed, ctx.kept = closed, kept
         ctx.save_for_backward(own, *given)
-        return torch.cat([closed.chain.forward(hidden).clone() for _, hidden in closed.hidden(own, sides)])
+        logits = own.new_empty(len(closed.scorer.owner), chain.heads)
+        for piece, hidden in closed.hidden(own, sides):
+            logits[piece.rows] = chain.forward(hidden, [out[piece.rows] for out in kept] or None)
+        return logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, q: Tensor) -> tuple[Tensor | None, ...]:
-        closed, (own, *given) = ctx.closed, ctx.saved_tensors
+        closed, (own, *given), chain = ctx.closed, ctx.saved_tensors, ctx.closed.chain
         of_own, found, count = torch.zeros_like(own), _zeros(given, ctx.needs_input_grad[2:]), len(closed._read)
         for piece, hidden in closed.hidden(own, given[:count]):
-            closed.chain.forward(hidden)
-            slope = closed.chain.reverse(q[piece.rows], None, found[count:])
+            chain.again(hidden, [out[piece.rows] for out in ctx.kept]) if ctx.kept else chain.forward(hidden)
+            slope = chain.reverse(q[piece.rows], None, found[count:])
             closed.scattered(piece, slope, of_own, found[:count])
         return None, of_own, *found
 
 
 class _Slopes(torch.autograd.Function):
     """(…, what rows are made of, parameters) → sums of the slopes by `own`, and slopes by the logits."""
-
-    @staticmethod
-    def _passed(
-        closed: ClosedForm, extra: Tensor, own: Tensor, sides: Sequence[Tensor]
-    ) -> Iterator[tuple[Piece, Tensor]]:
-        for piece, hidden in closed.hidden(own, sides):
-            yield piece, closed.chain.forward(hidden).add_(extra[piece.rows] if extra.dim() else extra)
 
     @staticmethod
     def forward(
@@ -214,9 +219,12 @@ class _Slopes(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.closed, ctx.losses = closed, losses
         ctx.save_for_backward(extra, y, weight, own, *given)
+        ctx.kept = kept = _room(closed, own, any(ctx.needs_input_grad))
         sums, slopes = torch.zeros_like(own), torch.empty_like(y)
-        for piece, logits in _Slopes._passed(closed, extra, own, given[: len(closed._read)]):
+        for piece, hidden in closed.hidden(own, given[: len(closed._read)]):
             rows = piece.rows
+            logits = closed.chain.forward(hidden, [out[rows] for out in kept] or None)
+            logits += extra[rows] if extra.dim() else extra
             slopes[rows] = slope = losses.slope(logits, y[rows], weight[rows])
             sums[piece.tasks] += piece.segments.sum(closed.chain.backward(slope))
         return sums, slopes
@@ -229,8 +237,12 @@ class _Slopes(torch.autograd.Function):
         found, of_own = _zeros(given, wants[7:]), torch.zeros_like(own)
         of_extra, of_weight = torch.empty_like(e), torch.empty_like(e) if wants[4] else None
         of_variance = torch.zeros_like(losses.log_variance) if wants[5] else None
-        for piece, logits in _Slopes._passed(closed, extra, own, given[:count]):
+        for piece, hidden in closed.hidden(own, given[:count]):
             rows = piece.rows
+            if ctx.kept:  # with what was added to the logits
+                logits = closed.chain.again(hidden, [out[rows] for out in ctx.kept])
+            else:
+                logits = closed.chain.forward(hidden).add_(extra[rows] if extra.dim() else extra)
             along = closed.chain.tangent(piece.segments.rows(v[piece.tasks])) + e[rows]
             slope, curvature = losses.slope_and_curvature_of(logits, y[rows], weight[rows])
             q = of_extra[rows] = curvature * along

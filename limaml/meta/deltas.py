@@ -65,15 +65,23 @@ class LinearLayer:
             x = _calls(read, len(delta["weight"]), 1)
             u = torch.bmm(x, delta["weight"].transpose(1, 2))
             return out + (u + delta["bias"].unsqueeze(1) if "bias" in delta else u).reshape(out.shape)
-        inner = torch.bmm(_calls(read, len(delta["inputs"]), 1), delta["inputs"].transpose(1, 2))
-        if self.module.bias is not None:
-            inner = inner + 1
-        return out + torch.bmm(inner, delta["slopes"]).reshape(out.shape)  # inner: (tasks, calls, pairs)
+        x, inputs, slopes = _calls(read, len(delta["inputs"]), 1), delta["inputs"], delta["slopes"]
+        if x.shape[1] > 1:
+            inner = torch.bmm(x, inputs.transpose(1, 2))  # (tasks, calls, pairs)
+            inner = inner if self.module.bias is None else inner + 1
+            return out + torch.bmm(inner, slopes).reshape(out.shape)
+        inner = (x * inputs).sum(2, keepdim=True)  # (tasks, pairs, 1): a product of matrices this thin is slower
+        inner = inner if self.module.bias is None else inner + 1
+        return out + (inner * slopes).sum(1).reshape(out.shape)
 
     def step(self, delta: Delta, calls: Sequence[Call], left: int) -> Delta:
         inputs = [_calls(x, len(x), 1) for x, _ in calls]
         slopes = [_calls(slope, len(slope), 1) for _, slope in calls]
         new = sum(x.shape[1] for x in inputs)
+        if len(inputs) == 1 and _same(
+            inputs[0], delta.get("inputs")
+        ):  # a layer on the task's features: one pair, summed
+            return {"inputs": delta["inputs"], "slopes": delta["slopes"] + slopes[0]}
         if "weight" not in delta:
             inputs, slopes = [*_old(delta, "inputs"), *inputs], [*_old(delta, "slopes"), *slopes]
         x, g = _joined(inputs), _joined(slopes)
@@ -196,6 +204,16 @@ def _sum(delta: Delta, change: Delta) -> Delta:
 
 def _old(delta: Delta, kind: str) -> list[Tensor]:
     return [delta[kind]] if kind in delta else []
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors are the same memory, read in the same way."""
+    return (
+        other is not None
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.data_ptr() == other.data_ptr()
+    )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

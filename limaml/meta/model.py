@@ -45,7 +45,7 @@ __all__ = ["MetaModel"]
 
 logger = logging.getLogger("limaml")
 
-FEW_ROWS = 4096
+FEW_ROWS = 2**16
 """So many rows are never cut for the sake of memory."""
 
 ROW_BYTES = 1024
@@ -239,7 +239,7 @@ class MetaModel(nn.Module):
             return cache_rows(self.global_block) if self.device.type == "cpu" else None
         if len(rows) <= FEW_ROWS:
             return None
-        few = Rows(rows.rows[:FEW_ROWS], rows.owner[:FEW_ROWS])
+        few = Rows(rows.rows[:256], rows.owner[:256])
         few = Rows(few.rows[few.owner < 64], few.owner[few.owner < 64])
         sample = RowScorer(self.global_block, data, task, tasks[:64], few, held)
         z = torch.zeros(min(64, len(tasks)), self.dims[task] or 0, dtype=self.dtype, device=self.device)

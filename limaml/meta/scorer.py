@@ -44,7 +44,8 @@ def take(
     features: Features, entries: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Features:
     """The features of the given entries of a side, on `device`; floating ones as `dtype` where that is given."""
-    taken = {name: values[entries].to(device) for name, values in features.items()}
+    whole = _counts(entries, next((len(values) for values in features.values()), 0))  # no copy then
+    taken = {name: (values if whole else values[entries]).to(device) for name, values in features.items()}
     if dtype is None:
         return taken
     return {name: values.to(dtype) if values.is_floating_point() else values for name, values in taken.items()}
@@ -149,7 +150,7 @@ class RowScorer:
         if parts is not None:
             self.sides.append(parts)
             self.places.append(place.to(self.device))
-            self.in_order.append(len(distinct) == len(place) and bool((place == torch.arange(len(place))).all()))
+            self.in_order.append(_counts(place, len(distinct)))
 
     def condition(self, z: Tensor, name: str | None = None) -> Parts:
         """What depends on the meta embeddings `z` `[n, dim]` alone: `[n, …]`."""
@@ -229,6 +230,11 @@ class RowScorer:
                 "[rows, heads] is needed."
             )
         return logits
+
+
+def _counts(index: Tensor, entries: int) -> bool:
+    """Whether `index` is 0, 1, 2, … `entries − 1`."""
+    return len(index) == entries and torch.equal(index, torch.arange(entries, device=index.device))
 
 
 def _distinct(entry: Tensor, count: int) -> tuple[Tensor, Tensor]:
