@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.engine.measure import gemm_peak
 from benchmarks.engine.peers import contenders
+from benchmarks.engine.profile import profiles
 from benchmarks.engine.scaling import scaling
 from benchmarks.engine.suite import Plan, cases, compare, table_of
 from benchmarks.engine.table import page
@@ -43,8 +44,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--largest", type=int, default=100_000, help="most tasks in the scaling runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/engine.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/engine-benchmark.md")
+    parser.add_argument("--profile", action="store_true", help="only profile limaml again, into the JSON")
     parser.add_argument("--render", action="store_true", help="only make the page again, from the JSON")
     return parser.parse_args()
+
+
+def _data(arguments: argparse.Namespace) -> Path | None:
+    folder: Path = arguments.data
+    return folder if (folder / "interactions.parquet").exists() else None
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -87,7 +94,12 @@ def _tell(sentence: str) -> None:
 
 def main() -> None:
     arguments = _arguments()
-    if not arguments.render:
+    if arguments.profile:
+        results = json.loads(arguments.out.read_text())
+        torch.set_num_threads(results["threads"])
+        results["profile"] = profiles(Plan(**results["plan"]), _data(arguments), _tell)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    elif not arguments.render:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(_measured(arguments), indent=1) + "\n")
     text = page(json.loads(arguments.out.read_text()))
@@ -99,8 +111,7 @@ def main() -> None:
 
 def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
-    data: Path | None = arguments.data if (arguments.data / "interactions.parquet").exists() else None
-    plan, started = _plan(arguments), time.perf_counter()
+    data, plan, started = _data(arguments), _plan(arguments), time.perf_counter()
     missing = contenders()[1]
     for sentence in missing:
         _tell(sentence)
@@ -136,6 +147,7 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
         "missing": missing,
         "seconds": time.perf_counter() - started,
         "cases": entries,
+        "profile": profiles(plan, data, _tell) if not arguments.only else [],
         "scaling": grown,
     }
 

@@ -52,6 +52,8 @@ def page(results: dict[str, Any]) -> str:
     if results["missing"]:
         lines += ["", *(f"* {sentence}" for sentence in results["missing"])]
     lines += ["", "## Against the targets (K = 3)", "", *_targets(entries, peak)]
+    if results.get("profile"):
+        lines += ["", "## Where limaml's time goes (K = 3)", "", *_profile(results["profile"], entries, peak)]
     for (cap, size, work), group in _grouped(entries, "cap", "size", "work"):
         support = "uncapped" if cap is None else f"support ≤ {cap}"
         lines += ["", f"## {work}, {support}, {size}", "", *_contenders(group, peak)]
@@ -133,6 +135,33 @@ def _targets(entries: Sequence[Entry], peak: float) -> list[str]:
             )
         )
     return lines
+
+
+def _profile(profiles: Sequence[Entry], entries: Sequence[Entry], peak: float) -> list[str]:
+    """Shares of the time, and what would be reached if the products alone were left and ran at the machine's peak."""
+    groups = list(profiles[0]["shares"])
+    limits = {
+        _case_name(*key): max(e["tasks_per_second"] for e in group if e["kind"] == "loop")
+        for key, group in _grouped([e for e in entries if e["steps"] == 3], "cap", "size", "work")
+        if any(e["kind"] == "loop" for e in group)
+    }
+    lines = [
+        "One run under `torch.profiler`. *Limit*: limaml's matrix products alone, at the machine's peak, against the fastest "
+        "loop of the table above: no way to carry out this arithmetic is further ahead of it.",
+        "",
+        *_head(["case", *groups, "products at peak", "limit"]),
+    ]
+    for entry in profiles:
+        name = entry["case"].rpartition(", K = ")[0]
+        least = entry["flops"] / peak
+        limit = f"{entry['tasks'] / least / limits[name]:.0f}×" if name in limits else "–"
+        shares = [f"{share:.0%}" for share in entry["shares"].values()]
+        lines.append(_row([name, *shares, f"{least * 1e3:.1f} of {entry['seconds'] * 1e3:.1f} ms", limit]))
+    return lines
+
+
+def _case_name(cap: int | None, size: str, work: str) -> str:
+    return f"{work}, {'uncapped' if cap is None else f'support ≤ {cap}'}, {size}"
 
 
 def _contenders(group: Sequence[Entry], peak: float) -> list[str]:

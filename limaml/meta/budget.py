@@ -18,10 +18,10 @@ FREE_SHARE = 0.5
 """Of the memory that is free, where no limit is set."""
 
 
-def cache_rows(block: nn.Module) -> int:
-    """Rows whose activations stay in the cache of one core, between two layers of `block`."""
-    widest = max((max(m.in_features, m.out_features) for m in block.modules() if isinstance(m, nn.Linear)), default=64)
-    return max(256, CACHE // (4 * widest))
+def cache_rows(modules: Iterable[nn.Module]) -> int:
+    """Rows whose activations stay in the cache of one core, between two of the Linear layers among `modules`."""
+    widths = [max(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
+    return max(256, CACHE // (4 * max(widths, default=64)))
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:

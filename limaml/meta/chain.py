@@ -131,6 +131,10 @@ class Chain:
         self._buffers: dict[tuple[int, str], Tensor] = {}
 
     @property
+    def linears(self) -> list[nn.Linear]:
+        return [linear for _, linear in self._layers]
+
+    @property
     def heads(self) -> int:
         """Width of the output."""
         return self._layers[-1][1].out_features

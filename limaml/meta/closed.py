@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limaml.meta.budget import cache_rows
@@ -50,8 +50,7 @@ class ClosedForm:
     def __init__(self, scorer: RowScorer, block: LayeredBlock, slot: int, bias: Tensor | None, chain: Chain) -> None:
         self.scorer, self.block, self.slot, self.chain = scorer, block, slot, chain
         self._bias = bias
-        whole = len(scorer.pieces) == 1
-        self.pieces = scorer.cut_into(cache_rows(cast(nn.Module, block))) if whole else scorer.pieces
+        self.pieces = scorer.cut_into(cache_rows(chain.linears))
         self._read = [i for i, parts in enumerate(scorer.sides) if parts[slot] is not None]
         mixed = [i for i in self._read if not scorer.in_order[i]]
         places, offset = [], 0

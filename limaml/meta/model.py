@@ -236,7 +236,7 @@ class MetaModel(nn.Module):
     def _rows_per_piece(self, data: Interactions, task: str, tasks: Tensor, rows: Rows, held: Held) -> int | None:
         """Rows that are worked on at once: what fits the cache, or, with gradients, the memory. None: all."""
         if not torch.is_grad_enabled():
-            return cache_rows(self.global_block) if self.device.type == "cpu" else None
+            return cache_rows(self.global_block.modules()) if self.device.type == "cpu" else None
         if len(rows) <= FEW_ROWS:
             return None
         few = Rows(rows.rows[:256], rows.owner[:256])
