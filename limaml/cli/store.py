@@ -168,6 +168,7 @@ def estimate(
     folder: Path,
     /,
     *,
+    store: Annotated[str | None, Parameter(help="URL of the store that it is for (default: LMDB in a folder).")] = None,
     tasks: Annotated[int | None, Parameter(help="Number of tasks of each type (default: those in the log).")] = None,
     dtype: Annotated[Literal["float32", "float16", "int8"], Parameter(help="How vectors are stored.")] = "float32",
 ) -> None:
@@ -183,6 +184,6 @@ def estimate(
     for task in trained.encoder.schema.tasks:
         number = tasks if frame is None else len(task_keys(frame, task)[0])
         counts |= {name: number or 0 for name in dims if task_of(name) == task.name}
-    with tempfile.TemporaryDirectory() as scratch, open_store(Path(scratch) / "store") as store:
-        found = store.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
+    with tempfile.TemporaryDirectory() as scratch, open_store(store or Path(scratch) / "store") as opened:
+        found = opened.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
     say([f"{found.keys:,} keys, about {amount(found.bytes)}."])

@@ -12,4 +12,5 @@ from limaml.store.contract import Store as Store
 from limaml.store.contract import Upserted as Upserted
 from limaml.store.contract import Version as Version
 from limaml.store.lmdb import LmdbStore as LmdbStore
+from limaml.store.redis import RedisStore as RedisStore
 from limaml.store.url import open_store as open_store

@@ -12,39 +12,31 @@ the totals up to date too, so that at any moment a version can be read back and 
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from limaml.errors import StoreError
-from limaml.store.batch import Batch, Layout, check_dims, check_model, decode, names_of, prepare
-from limaml.store.catalog import (
-    Record,
-    now,
-)
-from limaml.store.contract import Estimate, Expired, Lookup, Pointer, Size, Upserted, Version
+from limaml.store.batch import Batch, Layout, check_model, decode, names_of
+from limaml.store.catalog import Record
+from limaml.store.catalogued import CataloguedStore, Hold
+from limaml.store.contract import Lookup, Size
+from limaml.store.documents import Documents
 from limaml.store.environment import DEFAULT_MAP_SIZE, Environment, acquire, release
 from limaml.store.lease import Lease
-from limaml.store.lmdb_catalog import LmdbCatalog
-from limaml.store.lmdb_values import estimate_bytes, key_prefix, remove_some, verify, write, write_cold
-from limaml.store.lmdb_version import LmdbReader, LmdbTarget, catalog_key, layouts_of, state_of
+from limaml.store.lmdb_values import estimate_bytes, key_prefix, remove_some, verify, walk, write, write_cold
 from limaml.store.model_folders import ModelFolders
-from limaml.store.packing import COLD, value_size
-from limaml.store.publication import DEFAULT_BUFFER, BufferedPublication
+from limaml.store.packing import COLD
+from limaml.store.publication import DEFAULT_BUFFER
+from limaml.store.version import catalog_key, layouts_of, state_of
 
 __all__ = ["LmdbStore"]
 
 _REMOVED_PER_STEP = 20_000
 
 
-class LmdbStore:
+class LmdbStore(CataloguedStore):
     """A `Store` in the folder `path`. Safe for several threads and processes, also on both sides of a fork."""
 
     def __init__(
@@ -65,17 +57,15 @@ class LmdbStore:
             self.path.mkdir(parents=True, exist_ok=True)
         self.environment = acquire(self.path, map_size)
         self._closed = False
-        self._catalog = LmdbCatalog(self.environment)
+        self._catalog = Documents(self.environment)
         self._buffer_bytes = buffer_bytes
         self._layouts: dict[tuple[bytes, str], Layout] = {}
-        self.folders = ModelFolders(self.path / "models", lambda: self._lease("models"))
+        self.folders: ModelFolders = ModelFolders(self.path / "models", lambda: self._lease("models"))
         try:
             self._catalog.check_layout()
         except BaseException:
             self.close()
             raise
-
-    # ------------------------------------------------------------------------------------------------- reading
 
     def get(self, model: str, task_type: str, ids: Sequence[str], *, fill: bool = False) -> Lookup:
         environment = self.used()
@@ -85,57 +75,51 @@ class LmdbStore:
             version = txn.get(pointer, db=environment.catalog)
             if version is None:
                 raise StoreError(self._catalog.nothing_served(txn, model))
-            layout = self._layouts.get((version, task_type)) or self._layout(txn, model, version.decode(), task_type)
-            return self.look(txn, layout, ids, fill)
+            layout = self._layouts.get((version, task_type))
+            if layout is None:
+                if len(self._layouts) > 1000:
+                    self._layouts.clear()
+                layout = self._layouts[version, task_type] = self._layout(txn, model, version.decode(), task_type)
+            return self._look(txn, layout, ids, fill)
 
         return environment.read(work)
 
-    def read(self, model: str, version: str | None = None) -> LmdbReader:
-        environment = self.used()
-        for _ in range(100):
-            chosen = version if version is not None else self.current(model)
-            if chosen is None:
-                raise StoreError(environment.read(lambda txn: self._catalog.nothing_served(txn, model)))
-            record = self._record(model, chosen)
-            lease = self._lease(f"read.{chosen}")
-            if record.state == "ready" and lease.take(exclusive=False):
-                if self._is_ready(record):
-                    return LmdbReader(self, record, lease)
-                lease.release(remove=True)
-            if version is not None:
-                raise StoreError(f"Version {version} of model '{model}' is {state_of(record)}: it cannot be read.")
-        raise StoreError(f"The current version of model '{model}' changes faster than it can be opened; try again.")
+    def look_up(self, layout: Layout, ids: Sequence[str], fill: bool) -> Lookup:
+        def work(txn: Any) -> Lookup:
+            self._still_there(txn, layout)
+            return self._look(txn, layout, ids, fill)
 
-    def models(self) -> list[str]:
-        records = self.used().read(lambda txn: self._catalog.records(txn, None))
-        return sorted({record.model for record in records if record.state != "removing"})
+        return self.used().read(work)
 
-    def versions(self, model: str) -> list[Version]:
-        return self.used().read(
-            lambda txn: [
-                record.described(self._catalog.totals(txn, record))
-                for record in self._catalog.records(txn, model)
-                if record.state != "removing"
-            ]
-        )
-
-    def describe(self, model: str, version: str | None = None) -> Version:
+    def cold(self, layout: Layout) -> bytes | None:
         environment = self.used()
 
-        def work(txn: Any) -> Version:
-            chosen = version or self._catalog.pointers(txn, model).current
-            if chosen is None:
-                raise StoreError(self._catalog.nothing_served(txn, model))
-            record = self._catalog.find(txn, model, chosen)
-            return record.described(self._catalog.totals(txn, record))
+        def work(txn: Any) -> bytes | None:
+            self._still_there(txn, layout)
+            found: bytes | None = txn.get(layout.prefix + COLD, db=environment.values)
+            return found
 
         return environment.read(work)
 
-    def current(self, model: str) -> str | None:
-        return self.used().read(lambda txn: self._catalog.pointers(txn, model).current)
+    def pieces(self, layout: Layout, limit: int) -> Iterator[list[tuple[bytes, bytes]]]:
+        # a transaction for each piece: one that lasts as long as its caller likes would keep old pages from reuse
+        environment = self.used()
+        after: bytes | None = None
+        while True:
 
-    def history(self, model: str) -> list[Pointer]:
-        return list(self.used().read(lambda txn: self._catalog.pointers(txn, model)).log)
+            def work(txn: Any, after: bytes | None = after) -> list[tuple[bytes, bytes]]:
+                self._still_there(txn, layout)
+                return walk(txn, environment.values, layout, after, limit)
+
+            pairs = environment.read(work)
+            if not pairs:
+                return
+            yield pairs
+            after = pairs[-1][0]
+
+    def present(self, layout: Layout, names: Sequence[bytes]) -> list[bool]:
+        environment = self.used()
+        return environment.read(lambda txn: [txn.get(name, db=environment.values) is not None for name in names])
 
     def verify(self, model: str, version: str | None = None) -> Mapping[str, int]:
         environment = self.used()
@@ -153,180 +137,10 @@ class LmdbStore:
 
         return environment.read(work)
 
-    def estimate(
-        self, counts: Mapping[str, int], dims: Mapping[str, int], dtype: str | Mapping[str, str] = "float32"
-    ) -> Estimate:
-        dtypes = check_dims(dims, dtype)
-        unknown = sorted(counts.keys() - dims.keys())
-        if unknown:
-            raise StoreError(f"The dimension of task type {unknown[0]!r} is missing: give every counted type one.")
-        each = [
-            (number, 7 + 16, value_size(dims[task_type], dtypes[task_type])) for task_type, number in counts.items()
-        ]
-        return Estimate(sum(counts.values()), sum(estimate_bytes(*sizes) for sizes in each))
-
     def size(self) -> Size:
         keys, used, on_disk = self.used().usage()
         payload = sum(version.bytes for model in self.models() for version in self.versions(model))
         return Size(keys, payload, used, on_disk)
-
-    # ------------------------------------------------------------------------------------------------- writing
-
-    def publish(
-        self,
-        model: str,
-        *,
-        dims: Mapping[str, int],
-        dtype: str | Mapping[str, str] = "float32",
-        artifact: str | None = None,
-        watermark: int | None = None,
-        note: str = "",
-        extra: Mapping[str, Any] | None = None,
-        resume: bool = False,
-    ) -> BufferedPublication:
-        environment = self.used()
-        check_model(model)
-        dtypes = check_dims(dims, dtype)
-        try:
-            json.dumps(dict(extra or {}), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"The extra metadata of a version must be JSON: {error}.") from None
-        lease = self._lease(f"publish.{model}")
-        if not lease.take(exclusive=True):
-            raise StoreError(
-                f"Another publisher of model '{model}' is at work ({lease.read_note() or 'no details'}). Wait for it, or "
-                "end its process; what it has written does no harm."
-            )
-        began = f"process {os.getpid()}, since {now()}"
-        lease.note(began)
-        try:
-            same = (artifact, {name: int(dim) for name, dim in dims.items()}, dtypes)
-            left = [
-                record
-                for record in environment.read(lambda txn: self._catalog.records(txn, model))
-                if record.state != "ready"
-            ]
-            resumed = None
-            for record in reversed(left):
-                fits = (record.artifact, dict(record.dims), dict(record.dtypes)) == same
-                if resume and resumed is None and record.state == "writing" and fits:
-                    resumed = record
-                else:
-                    self.remove_version(record)
-            record = resumed or environment.write(
-                lambda txn: self._catalog.begin(txn, model, same, watermark, note, extra or {})
-            )
-            if artifact is not None and not self.folders.is_kept(artifact):
-                self.remove_version(record)
-                raise StoreError(
-                    f"The store has no model folder {artifact!r}: call put_model first, and pass its digest."
-                )
-            lease.note(f"{began}, version {record.id}")
-            return BufferedPublication(LmdbTarget(self, record, lease), self._buffer_bytes)
-        except BaseException:
-            lease.release()
-            raise
-
-    def upsert(
-        self,
-        model: str,
-        version: str,
-        task_type: str,
-        ids: Sequence[str],
-        vectors: NDArray[np.floating[Any]],
-        count: NDArray[np.int64],
-        event_time: NDArray[np.int64],
-        *,
-        watermark: int | None = None,
-    ) -> Upserted:
-        layout = self.used().read(lambda txn: self._layout(txn, model, version, task_type))
-        batch = prepare(layout, ids, vectors, count, event_time)
-        applied = self.write_batches(model, version, [batch], ("writing", "ready"), watermark)
-        return Upserted(applied, len(ids) - applied)
-
-    def activate(self, model: str, version: str) -> None:
-        def work(txn: Any) -> None:
-            record = self._catalog.find(txn, model, version)
-            if record.state != "ready":
-                raise StoreError(f"Version {version} of model '{model}' is {state_of(record)}: it cannot be served.")
-            self._catalog.point(txn, model, self._catalog.pointers(txn, model).flipped(version, "activate"))
-
-        self.used().write(work)
-
-    def rollback(self, model: str, to: str | None = None) -> str:
-        def work(txn: Any) -> str:
-            ready = [record.id for record in self._catalog.records(txn, model) if record.state == "ready"]
-            pointers = self._catalog.pointers(txn, model).rolled_back(model, to, ready)
-            self._catalog.point(txn, model, pointers)
-            return pointers.stack[-1]
-
-        return self.used().write(work)
-
-    def expire(self, model: str, keep: int = 3) -> Expired:
-        if keep < 1:
-            raise StoreError(f"At least one version must be kept, got keep={keep}.")
-        environment = self.used()
-        ready = [r for r in environment.read(lambda txn: self._catalog.records(txn, model)) if r.state == "ready"]
-        removed, held = [], []
-        for record in ready[:-keep]:
-            lease = self._lease(f"read.{record.id}")
-            if record.id == self.current(model):
-                continue
-            if not lease.take(exclusive=True):
-                held.append(record.id)
-                continue
-            gone = False
-            try:
-                gone = self.remove_version(record)
-            finally:
-                lease.release(remove=gone)
-            if gone:
-                removed.append(record.id)
-        return Expired(tuple(removed), tuple(held))
-
-    def gc(self) -> list[str]:
-        environment = self.used()
-        removed = []
-        for record in environment.read(lambda txn: self._catalog.records(txn, None)):
-            if record.state == "ready":
-                continue
-            lease = self._lease(f"publish.{record.model}")
-            if lease.take(exclusive=True):
-                try:
-                    if self.remove_version(record):
-                        removed.append(f"version {record.id} of model '{record.model}'")
-                finally:
-                    lease.release()
-        swept = self.folders.sweep(self._artifacts)
-        return removed + [f"model folder {digest}" for digest in swept]
-
-    def put_model(self, folder: str | Path) -> str:
-        self.used()
-        return self.folders.put(folder)
-
-    def model_path(self, digest: str) -> Path:
-        self.used()
-        return self.folders.path(digest)
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            release(self.environment)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # ------------------------------------------------------------------------------- steps inside a transaction
-
-    def look(self, txn: Any, layout: Layout, ids: Sequence[str], fill: bool) -> Lookup:
-        names = names_of(layout, ids)
-        cold = txn.get(layout.prefix + COLD) if fill else None
-        return decode(layout, names, list(map(txn.get, names)), cold, fill)
 
     def write_batches(
         self, model: str, version: str, batches: Sequence[Batch], states: Sequence[str], watermark: int | None = None
@@ -350,32 +164,6 @@ class LmdbStore:
 
         return environment.write(work)
 
-    def remove_version(self, record: Record) -> bool:
-        """Take a version out of sight, delete it piece by piece, forget it. False if it became current meanwhile."""
-        environment = self.used()
-
-        def hide(txn: Any) -> bool:
-            if self._catalog.pointers(txn, record.model).current == record.id:
-                return False
-            if txn.get(catalog_key("record", record.model, record.id), db=environment.catalog) is not None:
-                self._catalog.save(txn, replace(record, state="removing"))
-                txn.delete(catalog_key("ready", record.model, record.id), db=environment.catalog)
-            return True
-
-        def forget(txn: Any) -> None:
-            for kind in ("record", "totals"):
-                txn.delete(catalog_key(kind, record.model, record.id), db=environment.catalog)
-
-        if not environment.write(hide):
-            return False
-        prefix = key_prefix(record.number)
-        while environment.write(lambda txn: remove_some(txn, environment.values, prefix, _REMOVED_PER_STEP)):
-            pass
-        environment.write(forget)
-        if record.artifact is not None:
-            self.folders.remove(record.artifact, lambda: record.artifact not in self._artifacts())
-        return True
-
     def write_cold(self, model: str, version: str, layout: Layout, value: bytes) -> None:
         environment = self.used()
 
@@ -387,9 +175,8 @@ class LmdbStore:
 
         environment.write(work)
 
-    def finish(self, model: str, version: str, activate: bool) -> int:
-        """Make a verified version ready and, with `activate`, current: one transaction. Returns its bytes."""
-        environment = self.used()
+    def finish(self, record: Record, activate: bool, lease: Hold) -> int:
+        environment, model, version = self.used(), record.model, record.id
 
         def work(txn: Any) -> int:
             record = self._catalog.find(txn, model, version)
@@ -403,34 +190,44 @@ class LmdbStore:
 
         return environment.write(work)
 
-    def _artifacts(self) -> set[str | None]:
-        records = self.used().read(lambda txn: self._catalog.records(txn, None))
-        return {record.artifact for record in records}
-
-    def _layout(self, txn: Any, model: str, version: str, task_type: str) -> Layout:
-        found = layouts_of(self._catalog.find(txn, model, version))
-        if task_type not in found:
-            raise StoreError(
-                f"Version {version} of model '{model}' has no task type {task_type!r}; it has "
-                f"{', '.join(map(repr, found))}."
-            )
-        if len(self._layouts) > 1000:
-            self._layouts.clear()
-        self._layouts[version.encode(), task_type] = found[task_type]
-        return found[task_type]
-
-    def _record(self, model: str, version: str) -> Record:
-        return self.used().read(lambda txn: self._catalog.find(txn, model, version))
-
-    def _is_ready(self, record: Record) -> bool:
-        environment, key = self.used(), catalog_key("ready", record.model, record.id)
-        return environment.read(lambda txn: txn.get(key, db=environment.catalog) is not None)
-
-    def _lease(self, name: str) -> Lease:
-        return Lease(self.path / "locks" / name)
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            release(self.environment)
 
     def used(self) -> Environment:
         """The environment, as long as the store is open."""
         if self._closed:
             raise StoreError(f"The store {self.path} is closed; open it again with open_store.")
         return self.environment
+
+    # ------------------------------------------------------------------------------------------------------ pieces
+
+    def _look(self, txn: Any, layout: Layout, ids: Sequence[str], fill: bool) -> Lookup:
+        names = names_of(layout, ids)
+        cold = txn.get(layout.prefix + COLD) if fill else None
+        return decode(layout, names, list(map(txn.get, names)), cold, fill)
+
+    def _lease(self, name: str) -> Lease:
+        return Lease(self.path / "locks" / name)
+
+    def _estimated(self, number: int, value: int) -> int:
+        return estimate_bytes(number, 7 + 16, value)
+
+    def _begun(self, record: Record) -> None:
+        pass  # values need nothing before them
+
+    def _delete_values(self, record: Record) -> None:
+        environment, prefix = self.used(), key_prefix(record.number)
+        while environment.write(lambda txn: remove_some(txn, environment.values, prefix, _REMOVED_PER_STEP)):
+            pass
+
+    def _drop_folder(self, digest: str) -> None:
+        self.folders.remove(digest, lambda: digest not in self._artifacts())
+
+    def _sweep_folders(self) -> list[str]:
+        return self.folders.sweep(self._artifacts)
+
+    def _still_there(self, txn: Any, layout: Layout) -> None:
+        if txn.get(catalog_key("ready", layout.model, layout.version), db=self.used().catalog) is None:
+            raise StoreError(f"Version {layout.version} of model '{layout.model}' was removed; open the current one.")

@@ -147,7 +147,12 @@ class BufferedPublication:
     def _check(self) -> None:
         if self._over:
             raise StoreError(f"This publication of version {self.version} was {self._over}; begin another one.")
-        if self._process != os.getpid() or not self._target.valid:
+        if self._process == os.getpid() and not self._target.valid:
+            raise StoreError(
+                f"This publication of version {self.version} is no longer the only one: its lease ended, as the store did "
+                "not hear from it in time. Begin it again, with resume."
+            )
+        if self._process != os.getpid():
             raise StoreError(
                 f"This publication of version {self.version} belongs to process {self._process}, not to "
                 f"{os.getpid()}: put from there, or send the embeddings there."

@@ -10,18 +10,20 @@ from urllib.parse import unquote, urlsplit
 from limaml.errors import StoreError
 from limaml.store.contract import Store
 from limaml.store.lmdb import LmdbStore
+from limaml.store.redis import RedisStore
 
 __all__ = ["open_store"]
 
-_SCHEMES = ("lmdb",)
+_SCHEMES = ("lmdb", "redis", "rediss")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # two letters or more: C:\store is a path
 
 
 def open_store(address: str | Path, **options: Any) -> Store:
-    """Open the store at a path or at `lmdb:///absolute/path` (`lmdb://relative/path` and percent signs work too).
+    """Open the store at a path or at `lmdb:///absolute/path` (`lmdb://relative/path` and percent signs work too), or at
+    `redis[s]://[user:password@]host:port[/db]`; `RedisStore` says what may follow a '?', such as `cluster=true`.
 
-    Options of LMDB: `create` (default True: a new folder becomes a store), `map_size` (bytes of address space to begin
-    with; it grows), `buffer_bytes` (what a publication gathers before it writes). Raises `StoreError` for a scheme that
+    Options: `create` (default True: a new folder becomes a store), `map_size` (of LMDB: bytes of address space
+    to begin with; it grows), `buffer_bytes` (what a publication gathers before it writes). Raises `StoreError` for a scheme that
     no backend has, and for a folder that is something else.
     """
     text = str(address)
@@ -34,6 +36,8 @@ def open_store(address: str | Path, **options: Any) -> Store:
     if scheme not in _SCHEMES:
         known = ", ".join(f"{each}://" for each in _SCHEMES)
         raise StoreError(f"{text!r} has the scheme '{scheme}://', which no store has; known are a path and {known}.")
+    if scheme != "lmdb":
+        return RedisStore(text, **options)
     parts = urlsplit(text)
     if parts.query or parts.fragment:
         raise StoreError(

@@ -1,10 +1,10 @@
-"""One version of an LMDB store: read while a lease keeps it, or written while a lease keeps others out."""
+"""One version of a store: read while a lease keeps it, or written while a lease keeps others out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +13,13 @@ from limaml.errors import StoreError
 from limaml.store.batch import Batch, Layout, check_model, decode, id_of, names_of
 from limaml.store.catalog import Record
 from limaml.store.contract import Lookup
-from limaml.store.lease import Lease
-from limaml.store.lmdb_values import key_prefix, walk
+from limaml.store.lmdb_values import key_prefix
 from limaml.store.packing import COLD
 
 if TYPE_CHECKING:
-    from limaml.store.lmdb import LmdbStore
+    from limaml.store.catalogued import CataloguedStore, Hold
 
-__all__ = ["LmdbReader", "LmdbTarget", "catalog_key", "layouts_of", "state_of"]
+__all__ = ["VersionReader", "VersionTarget", "catalog_key", "layouts_of", "state_of"]
 
 
 def catalog_key(kind: str, model: str, version: str) -> bytes:
@@ -40,13 +39,12 @@ def state_of(record: Record) -> str:
     return {"writing": "still being written", "ready": "ready", "removing": "being removed"}[record.state]
 
 
-class LmdbReader:
+class VersionReader:
     """The `Reader` of one version."""
 
-    def __init__(self, store: LmdbStore, record: Record, lease: Lease) -> None:
+    def __init__(self, store: CataloguedStore, record: Record, lease: Hold) -> None:
         self._store, self._record, self._lease = store, record, lease
         self._layouts = layouts_of(record)
-        self._ready = catalog_key("ready", record.model, record.id)
         self._closed = False
 
     @property
@@ -63,37 +61,23 @@ class LmdbReader:
 
     def get(self, task_type: str, ids: Sequence[str], *, fill: bool = False) -> Lookup:
         layout = self._layout(task_type)
-        environment = self._store.used()
-
-        def work(txn: Any) -> Lookup:
-            self._still_there(txn)
-            return self._store.look(txn, layout, ids, fill)
-
-        return environment.read(work)
+        return self._store.look_up(layout, ids, fill)
 
     def cold(self, task_type: str) -> NDArray[np.float32] | None:
         layout = self._layout(task_type)
-        environment = self._store.used()
-        key = layout.prefix + COLD
-
-        def work(txn: Any) -> bytes | None:
-            self._still_there(txn)
-            found: bytes | None = txn.get(key, db=environment.values)
-            return found
-
-        value = environment.read(work)
-        return None if value is None else decode(layout, [key], [value]).vectors[0]
+        value = self._store.cold(layout)
+        return None if value is None else decode(layout, [layout.prefix + COLD], [value]).vectors[0]
 
     def ids(self, task_type: str) -> Iterator[str]:
         layout = self._layout(task_type)
-        for pairs in self._pieces(layout, 4096):
+        for pairs in self._store.pieces(layout, 4096):
             yield from (id_of(layout, name, value) for name, value in pairs)
 
     def scan(self, task_type: str, batch: int = 4096) -> Iterator[tuple[list[str], Lookup]]:
         layout = self._layout(task_type)
         if batch < 1:
             raise StoreError(f"A scan reads at least one embedding at a time, got batch={batch}.")
-        for pairs in self._pieces(layout, batch):
+        for pairs in self._store.pieces(layout, batch):
             names, values = [name for name, _ in pairs], [value for _, value in pairs]
             ids = [id_of(layout, name, value) for name, value in pairs]
             yield ids, decode(layout, names, values)
@@ -111,26 +95,6 @@ class LmdbReader:
     ) -> None:
         self.close()
 
-    def _pieces(self, layout: Layout, limit: int) -> Iterator[list[tuple[bytes, bytes]]]:
-        # a transaction for each piece: one that lasts as long as its caller likes would keep old pages from reuse
-        environment = self._store.used()
-        after: bytes | None = None
-        while True:
-
-            def work(txn: Any, after: bytes | None = after) -> list[tuple[bytes, bytes]]:
-                self._still_there(txn)
-                return walk(txn, environment.values, layout, after, limit)
-
-            pairs = environment.read(work)
-            if not pairs:
-                return
-            yield pairs
-            after = pairs[-1][0]
-
-    def _still_there(self, txn: Any) -> None:
-        if txn.get(self._ready, db=self._store.used().catalog) is None:
-            raise StoreError(f"Version {self.version} of model '{self.model}' was removed; open the current one.")
-
     def _layout(self, task_type: str) -> Layout:
         if self._closed:
             raise StoreError(f"This reader of version {self.version} is closed; open another one.")
@@ -143,10 +107,10 @@ class LmdbReader:
         return found
 
 
-class LmdbTarget:
+class VersionTarget:
     """What a publication does to its version."""
 
-    def __init__(self, store: LmdbStore, record: Record, lease: Lease) -> None:
+    def __init__(self, store: CataloguedStore, record: Record, lease: Hold) -> None:
         self._store, self._record, self._lease = store, record, lease
         self.version = record.id
         self.layouts: Mapping[str, Layout] = layouts_of(record)
@@ -162,17 +126,13 @@ class LmdbTarget:
         self._store.write_cold(self._record.model, self.version, layout, value)
 
     def written(self, layout: Layout, ids: Sequence[str]) -> NDArray[np.bool_]:
-        environment = self._store.used()
-        names = names_of(layout, ids)
-        return environment.read(
-            lambda txn: np.array([txn.get(name, db=environment.values) is not None for name in names], np.bool_)
-        )
+        return np.array(self._store.present(layout, names_of(layout, ids)), np.bool_)
 
     def verify(self) -> Mapping[str, int]:
         return self._store.verify(self._record.model, self.version)
 
     def finish(self, activate: bool) -> int:
-        return self._store.finish(self._record.model, self.version, activate)
+        return self._store.finish(self._record, activate, self._lease)
 
     def remove(self) -> None:
         self._store.remove_version(self._record)

@@ -1,10 +1,11 @@
-"""The documents of an LMDB store, inside a transaction: models' pointers, versions' records and totals."""
+"""The documents of a store, inside a transaction: models' pointers, versions' records and totals."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from limaml.errors import StoreError
 from limaml.store.batch import check_model
@@ -19,18 +20,33 @@ from limaml.store.catalog import (
     now,
     version_id,
 )
-from limaml.store.environment import Environment
-from limaml.store.lmdb_version import catalog_key
+from limaml.store.version import catalog_key
 
-__all__ = ["LmdbCatalog"]
+__all__ = ["Documents", "Transactions"]
+
+T = TypeVar("T")
 
 _LAYOUT = 1
 
 
-class LmdbCatalog:
+class Transactions(Protocol):
+    """Where a store's documents are. Each call of `work` sees one state; what it writes is in whole, or not, or tried again."""
+
+    @property
+    def path(self) -> Path | str: ...
+
+    @property
+    def catalog(self) -> Any: ...
+
+    def read(self, work: Callable[[Any], T]) -> T: ...
+
+    def write(self, work: Callable[[Any], T]) -> T: ...
+
+
+class Documents:
     """Reads and writes documents; every method but `check_layout` works in its caller's transaction."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Transactions) -> None:
         self._environment = environment
 
     def save(self, txn: Any, record: Record) -> None:
