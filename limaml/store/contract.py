@@ -240,7 +240,7 @@ class Store(Protocol):
         watermark: int | None = None,
     ) -> Upserted:
         """Write embeddings into a version (ready, or still being written), each only if its revision is above the
-        stored one's: *one step* for the whole call (in a Redis cluster, for each of up to 64 parts of it). `watermark`
+        stored one's: *one step* for the whole call (in a Redis cluster, for each bucket that it touches). `watermark`
         moves the version's, never back."""
         ...
 

@@ -12,6 +12,7 @@ What a server loses (eviction, a replica that was behind) `verify` finds; publis
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -45,6 +46,17 @@ class _Documents(RedisDocuments):
     def totals(self, txn: Any, record: Record) -> Totals:
         return replace(super().totals(txn, record), types=self._values.tallies(list(layouts_of(record).values())))
 
+    def buckets(self, wanted: int) -> int:
+        """How many the store was begun with; `wanted` where it begins now."""
+
+        def work(txn: Any) -> int:
+            layout = json.loads(txn.get(b"layout"))
+            if "buckets" not in layout:
+                txn.put(b"layout", json.dumps({**layout, "buckets": wanted}).encode())
+            return int(layout.get("buckets", wanted))
+
+        return self._environment.write(work)
+
     def watermark(self, txn: Any, record: Record) -> Totals:
         return super().totals(txn, record)
 
@@ -54,6 +66,7 @@ class RedisStore(CataloguedStore):
 
     Options of the address: `cluster=true`, `prefix` (of all keys), `timeout` and `connect_timeout` (seconds that a call waits),
     `lease` (seconds after which a publisher or reader that was killed counts as dead), `cache` (folder for model folders),
+    `buckets` (of a new store, 16: a request asks each that it needs, and more nodes than buckets do not help one task type),
     `ca`, `cert` and `key` (files, for rediss://). Uses commands of Redis 7.4 and Valkey 8; needs a server that does not evict.
     """
 
@@ -62,7 +75,7 @@ class RedisStore(CataloguedStore):
         self._buffer_bytes = buffer_bytes
         self._server = Server(self.address)
         self._closed = False
-        self._values = Values(self._server)
+        self._values = Values(self._server, self.address.buckets)
         self._catalog = self._documents = _Documents(self._server, self._values)
         self._leases = Leases(self._server)
         self.folders: RedisFolders = RedisFolders(self._server, self.address.cache)
@@ -73,6 +86,7 @@ class RedisStore(CataloguedStore):
                     f"There is no store at {self._server.path}; publish to it first, or correct the address."
                 )
             self._catalog.check_layout()
+            self._values.buckets = self._documents.buckets(self.address.buckets)
         except BaseException:
             self.close()
             raise
@@ -218,7 +232,7 @@ class RedisStore(CataloguedStore):
         return self._leases.lease(name)
 
     def _estimated(self, number: int, value: int) -> int:
-        return estimate_bytes(number, 1 + 16, value)
+        return estimate_bytes(number, 1 + 16, value, self._values.buckets)
 
     def _begun(self, record: Record) -> None:
         self._values.begin(list(layouts_of(record).values()))

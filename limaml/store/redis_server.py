@@ -57,6 +57,7 @@ class Address:
     timeout: float = 5.0  # for an answer
     connect_timeout: float = 2.0
     lease: float = 30.0  # until a publisher or reader that gives no sign of life counts as dead
+    buckets: int = 16  # that a store is begun with: hashes for each task type of a version, at least one for each node
     cache: Path = field(default_factory=_cache)  # folder for copies of model folders
     ca: str | None = None  # files for TLS: authority, and the client's own certificate and key
     cert: str | None = None
@@ -92,6 +93,8 @@ def parse_address(text: str) -> Address:
             found[name] = value.lower() in ("true", "1")
         elif name in ("timeout", "connect_timeout", "lease"):
             found[name] = _seconds(where, name, value)
+        elif name == "buckets" and value.isdecimal() and 1 <= int(value) <= 4096:
+            found[name] = int(value)
         elif (name == "prefix" and value and not set(value) & set("{}")) or (name in ("ca", "cert", "key") and value):
             found[name] = value
         elif name == "cache" and value:
@@ -99,7 +102,8 @@ def parse_address(text: str) -> Address:
         else:
             raise StoreError(
                 f"{where} has the option {name}={value}, which cannot be used. Known are cluster=true, prefix=NAME (without "
-                "braces), timeout=, connect_timeout= and lease= in seconds, cache=FOLDER, and ca=, cert=, key=FILE for rediss://."
+                "braces), timeout=, connect_timeout= and lease= in seconds, buckets= from 1 to "
+                "4096, cache=FOLDER, and ca=, cert=, key=FILE for rediss://."
             )
     if parts.fragment:
         raise StoreError(f"{where} has something behind '#'; write '%23' inside a name or a password.")

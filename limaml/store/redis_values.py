@@ -1,8 +1,9 @@
 """The embeddings in Redis: which keys hold them, and the scripts that change and check them.
 
-One task type of one version is spread over 64 *buckets* by a hash of the task's identity. A bucket is a hash from identity to
-packed value, and beside it a *header*: its count, checksum and bytes. Both have the same hash tag, so that they are in one
-slot of a cluster and one script changes them together; the tags are chosen so that buckets lie evenly over the slots.
+One task type of one version is spread over *buckets* (16, or as many as the store was begun with) by a hash of the task's
+identity. A bucket is a hash from identity to packed value, and beside it a *header*: its count, checksum and bytes. Both have
+the same hash tag, so that they are in one slot of a cluster and one script changes them together; the tags are chosen so that
+buckets lie evenly over the slots.
 A bucket without a header belongs to a version that was removed: nothing can be written into it any more.
 """
 
@@ -20,9 +21,8 @@ from limaml.store.catalog import Tally
 from limaml.store.packing import COLD, checks, checksum
 from limaml.store.redis_server import Server
 
-__all__ = ["BUCKETS", "Values", "estimate_bytes"]
+__all__ = ["Values", "estimate_bytes"]
 
-BUCKETS = 64
 _SLOTS = 16384
 _BUCKET_BYTES = 300  # of two keys, a header and an empty bucket
 _SMALL = 2000
@@ -83,36 +83,38 @@ _BOTH = "return {redis.call('HGETALL', KEYS[1]), redis.call('HGETALL', KEYS[2])}
 
 
 @cache
-def _tags() -> tuple[int, ...]:
+def _tags(buckets: int) -> tuple[int, ...]:
     """For each bucket the smallest number whose slot lies in the bucket's share of the slots."""
     from redis.crc import key_slot
 
     found: dict[int, int] = {}
     number = 0
-    while len(found) < BUCKETS:
-        found.setdefault(key_slot(str(number).encode()) * BUCKETS // _SLOTS, number)
+    while len(found) < buckets:
+        found.setdefault(key_slot(str(number).encode()) * buckets // _SLOTS, number)
         number += 1
-    return tuple(found[bucket] for bucket in range(BUCKETS))
-
-
-def _bucket(identity: bytes) -> int:
-    return zlib.crc32(identity) % BUCKETS
+    return tuple(found[bucket] for bucket in range(buckets))
 
 
 class Values:
     """Embeddings on one server or cluster. Keys are a layout's prefix and an identity, as everywhere in the store."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, server: Server, buckets: int) -> None:
+        self._server, self.buckets = server, buckets
 
     def begin(self, layouts: Sequence[Layout]) -> None:
         self._server.many(
-            [("HSETNX", self._keys(layout, bucket)[0], "count", 0) for layout in layouts for bucket in range(BUCKETS)]
+            [
+                ("HSETNX", self._keys(layout, bucket)[0], "count", 0)
+                for layout in layouts
+                for bucket in range(self.buckets)
+            ]
         )
 
     def remove(self, layouts: Sequence[Layout]) -> None:
         """Header and bucket go in one step; the server frees the memory in the background."""
-        self._server.many([("UNLINK", *self._keys(layout, bucket)) for layout in layouts for bucket in range(BUCKETS)])
+        self._server.many(
+            [("UNLINK", *self._keys(layout, bucket)) for layout in layouts for bucket in range(self.buckets)]
+        )
 
     def write(self, batch: Batch) -> int:
         """Store what is above the stored revisions; returns how many. One step on one server; in a cluster, one for
@@ -138,7 +140,7 @@ class Values:
 
     def write_cold(self, layout: Layout, value: bytes) -> None:
         check = int(checks(table_of(layout, [layout.prefix + COLD], [value]))[0])
-        if self._server.script(_WRITE_COLD, self._keys(layout, _bucket(COLD)), COLD, value, check) != 1:
+        if self._server.script(_WRITE_COLD, self._keys(layout, self._bucket(COLD)), COLD, value, check) != 1:
             raise StoreError(
                 f"Version {layout.version} of model '{layout.model}' was removed: it cannot be written to."
             )
@@ -161,13 +163,13 @@ class Values:
 
     def present(self, layout: Layout, names: Sequence[bytes]) -> list[bool]:
         start = len(layout.prefix)
-        keys = [(self._keys(layout, _bucket(name[start:]))[1], name[start:]) for name in names]
+        keys = [(self._keys(layout, self._bucket(name[start:]))[1], name[start:]) for name in names]
         return [bool(found) for found in self._server.many([("HEXISTS", key, name) for key, name in keys])]
 
     def names(self, layout: Layout) -> list[bytes]:
         """All keys but the cold embedding's, in order: the buckets are walked side by side."""
         found: set[bytes] = set()  # a walk may meet a key twice
-        cursors = dict.fromkeys(range(BUCKETS), 0)
+        cursors = dict.fromkeys(range(self.buckets), 0)
         while cursors:
             with self._server.spoken_to(), self._server.client.pipeline(transaction=False) as pipeline:
                 for bucket, cursor in cursors.items():
@@ -180,16 +182,16 @@ class Values:
         return [layout.prefix + name for name in sorted(found - {COLD})]
 
     def tallies(self, layouts: Sequence[Layout]) -> dict[str, Tally]:
-        keys = [self._keys(layout, bucket)[0] for layout in layouts for bucket in range(BUCKETS)]
+        keys = [self._keys(layout, bucket)[0] for layout in layouts for bucket in range(self.buckets)]
         headers = [_header(raw) for raw in self._server.many([("HGETALL", key) for key in keys])]
         return {
-            layout.task_type: _total(headers[place * BUCKETS : (place + 1) * BUCKETS])
+            layout.task_type: _total(headers[place * self.buckets : (place + 1) * self.buckets])
             for place, layout in enumerate(layouts)
         }
 
     def usage(self, layouts: Sequence[Layout]) -> tuple[int, int]:
         """Embeddings, cold ones too, and bytes of memory as the server counts them (large buckets by samples)."""
-        pairs = [self._keys(layout, bucket) for layout in layouts for bucket in range(BUCKETS)]
+        pairs = [self._keys(layout, bucket) for layout in layouts for bucket in range(self.buckets)]
         keys = self._server.many([("HLEN", bucket) for _, bucket in pairs])
         used = self._server.many([("MEMORY USAGE", key, "SAMPLES", 20) for pair in pairs for key in pair])
         return sum(keys), sum(number or 0 for number in used)
@@ -217,7 +219,7 @@ class Values:
 
     def _buckets(self, layout: Layout) -> Iterator[tuple[Tally, dict[bytes, bytes]]]:
         """Each bucket with its header as both were at one moment."""
-        pairs = [self._keys(layout, bucket) for bucket in range(BUCKETS)]
+        pairs = [self._keys(layout, bucket) for bucket in range(self.buckets)]
         lengths = self._server.many([("HLEN", bucket) for _, bucket in pairs])
         small = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= _SMALL]
         for header, content in self._server.many([("EVAL", _BOTH, 2, *pair) for pair in small]):
@@ -240,28 +242,31 @@ class Values:
 
     def _keys(self, layout: Layout, bucket: int) -> tuple[str, str]:
         number, place = struct.unpack(">IH", layout.prefix)
-        stem = f"{self._server.address.prefix}:{{{_tags()[bucket]}}}:{number}:{place}"
+        stem = f"{self._server.address.prefix}:{{{_tags(self.buckets)[bucket]}}}:{number}:{place}"
         return f"{stem}:header", stem
+
+    def _bucket(self, identity: bytes) -> int:
+        return zlib.crc32(identity) % self.buckets
 
     def _shares(self, layout: Layout, names: Sequence[bytes]) -> dict[int, list[int]]:
         """Bucket → rows of `names`."""
         start, shares = len(layout.prefix), dict[int, list[int]]()
         for row, name in enumerate(names):
-            shares.setdefault(_bucket(name[start:]), []).append(row)
+            shares.setdefault(self._bucket(name[start:]), []).append(row)
         return shares
 
     def _pair(self, batch: Batch, row: int) -> tuple[bytes, bytes]:
         return batch.names[row][len(batch.layout.prefix) :], batch.values[row]
 
 
-def estimate_bytes(keys: int, identity: int, value: int) -> int:
+def estimate_bytes(keys: int, identity: int, value: int, buckets: int) -> int:
     """Memory of a task type: entries, and for each bucket its two keys. The constants are what Valkey 9 says of itself
     (`MEMORY USAGE`): small entries of small buckets lie side by side, others are allocated, long values by themselves."""
-    if value <= 64 and keys <= 512 * BUCKETS:
+    if value <= 64 and keys <= 512 * buckets:
         entry = identity + value + 6
     else:
         entry = identity + value + (30 if identity + value <= 115 else 52)
-    return keys * entry + BUCKETS * _BUCKET_BYTES
+    return keys * entry + buckets * _BUCKET_BYTES
 
 
 def _mapping(flat: Any) -> dict[bytes, bytes]:

@@ -107,6 +107,7 @@ def test_addresses() -> None:
         ("redis://h?prefix=", "option prefix="),
         ("redis://h?prefix={a}", "option prefix="),
         ("redis://h?timeouts=1", "option timeouts=1, which cannot be used. Known are cluster=true"),
+        ("redis://h?buckets=0", "option buckets=0"),
         ("redis://h?timeout=0", "timeout=0; it must be a number of seconds from 0.05"),
         ("redis://h?timeout=nan", "timeout=nan; it must be a number"),
         ("redis://h#x", "behind '#'"),
@@ -256,7 +257,7 @@ def test_revisions_are_compared_to_the_last_bit(where: str, order: int) -> None:
 
 def test_a_bucket_larger_than_one_step_is_walked(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("limaml.store.redis_values._SMALL", 7)
-    n = 64 * 20
+    n = 16 * 20
     ids = [f"t{number:05d}" for number in range(n)]
     with open_store(where) as store:
         with store.publish("m", dims={"member": 16}) as publication:
@@ -266,7 +267,7 @@ def test_a_bucket_larger_than_one_step_is_walked(where: str, monkeypatch: pytest
         with store.read("m") as reader:
             assert list(reader.ids("member")) == ids
             assert [name for names, _ in reader.scan("member", 100) for name in names] == ids
-    assert len(buckets(where, 1)) == 64
+    assert len(buckets(where, 1)) == 16
 
 
 def test_a_cluster_shares_the_buckets_evenly(three: list[Valkey], tmp_path: Path) -> None:
@@ -277,8 +278,17 @@ def test_a_cluster_shares_the_buckets_evenly(three: list[Valkey], tmp_path: Path
     for server in three:
         with redis.Redis(port=server.port) as client:
             held.append(sum(key in client.keys(f"{parse_address(here).prefix}:*:1:0") for key in buckets(here, 1)))
-    assert sum(held) == 64
+    assert sum(held) == 16
     assert max(held) - min(held) <= 1
+
+
+def test_a_store_keeps_the_buckets_it_was_begun_with(one: Valkey) -> None:
+    here = address(one)
+    for asked in ("buckets=3", "buckets=50", "timeout=5"):
+        with open_store(f"{here}&{asked}") as store:
+            version = release(store, 1.0, [f"t{number}" for number in range(100)]).version
+            assert len(buckets(here, int(version[1:7]))) == 3
+            assert store.verify("m") == {"member": 100}
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "lose", "evict"])
@@ -296,7 +306,7 @@ def test_damage_is_named(where: str, damage: str) -> None:
                 changed = bob[:-5] if damage == "cut" else bob[:22] + bytes([bob[22] ^ 4]) + bob[23:]
                 client.hset(bucket, b"\x00bob", changed)
         if damage in ("lose", "evict"):
-            with pytest.raises(StoreError, match=r"has 2 embeddings .* where 3 with"):
+            with pytest.raises(StoreError, match=r"has [012] embeddings .* where 3 with"):
                 store.verify("m")
             return
         assert values(store.get("m", "member", ["ann", "cy"])) == [1.0, 1.0]
