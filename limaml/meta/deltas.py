@@ -207,13 +207,10 @@ def _old(delta: Delta, kind: str) -> list[Tensor]:
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
-    """Whether two tensors are the same memory, read in the same way."""
-    return (
-        other is not None
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.data_ptr() == other.data_ptr()
-    )
+    """Whether two tensors are surely the same memory, read in the same way."""
+    if other is None or one.shape != other.shape or one.stride() != other.stride():
+        return False
+    return one.data_ptr() == other.data_ptr() != 0  # 0: memory that is elsewhere
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

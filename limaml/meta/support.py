@@ -181,7 +181,10 @@ class Support:
         """Raise `ModelError` unless the logits depend on the meta embeddings `z` of `task` (here `[tasks, dim]`)."""
         block, losses, data, name, tasks, rows, held, _ = self._rebuild
         few = Rows(rows.rows[:64], rows.owner[:64])
-        with torch.enable_grad():
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):  # masks are drawn: a resumed run must not draw more
             leaf = z.detach().requires_grad_()
             logits = Support(block, losses, data, name, tasks, few, held).scorer.logits(leaf)
             read = logits.requires_grad and torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is not None

@@ -92,7 +92,8 @@ def test_scores_equal_those_of_training(trained: Path, tables: Tables, command: 
         scores["probability"].to_numpy(), 1 / (1 + np.exp(-scores["logit"].to_numpy())), atol=1e-6
     )
     assert scores["known"].all()
-    assert scores["version"].unique().to_list() == [limaml.open_store(trained / "store").current(MODEL_NAME)]
+    with limaml.open_store(trained / "store") as store:
+        assert scores["version"].unique().to_list() == [store.current(MODEL_NAME)]
 
 
 def test_unknown_members_get_the_cold_embedding(trained: Path, command: Command, tmp_path: Path) -> None:
@@ -197,7 +198,8 @@ def test_a_new_item_can_be_recommended_after_a_refresh(
 
 
 def test_the_store_can_be_looked_at(run: Path, command: Command) -> None:
-    version = limaml.open_store(run / "store").current(MODEL_NAME)
+    with limaml.open_store(run / "store") as store:
+        version = store.current(MODEL_NAME)
     assert version is not None
     listed = command("store", "list", run)
     assert version in listed.out
