@@ -194,13 +194,17 @@ class MetaModel(nn.Module):
         z, factor = self._adapted(data, task, tasks, support)
         return z if not uncertainty or factor is None else Posterior(z, factor)
 
-    def _adapted(self, data: Interactions, task: str, tasks: Tensor, support: Rows) -> tuple[Tensor, Tensor | None]:
-        """Meta embeddings, and their posterior's factor where the solver has one."""
+    def _adapted(
+        self, data: Interactions, task: str, tasks: Tensor, support: Rows, before: Posterior | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Meta embeddings, and their posterior's factor where the solver has one; `before` takes the prior's place."""
         solver, factor = self._solver_of(task), None
         half_life = cast(HalfLife, self.half_lives[task]) if task in self.half_lives else None
         with _twice_differentiable(), between_blocks(precision_of_blocks(self.device)):
-            cold = self.cold(data, task, tasks)
+            cold = self.cold(data, task, tasks) if before is None else before.mean
             if not len(support) or solver.steps == 0:
+                if before is not None:
+                    return before
                 return cold, solver.prior_factor(cold) if isinstance(solver, NewtonSolver) else None
             held = self.held_cold(data, task)
             problem = self.scored(data, task, tasks, support, held, half_life)
@@ -208,7 +212,7 @@ class MetaModel(nn.Module):
                 problem.refuse_unread(cold, task)
                 self._read_by_global.add(task)
             if isinstance(solver, NewtonSolver):
-                z, factor = solver(problem, cold)
+                z, factor = solver(problem, cold, before)
             else:
                 features = self.features_of(data, task, tasks)
                 z = solver(self.engine(task, features), features, problem)
@@ -293,6 +297,7 @@ class MetaModel(nn.Module):
         rows_per_chunk: int = 65536,
         progress: Callable[[int, int], None] | None = None,
         uncertainty: Literal[True],
+        before: Posterior | None = None,
     ) -> Posterior: ...
 
     @torch.no_grad()
@@ -306,6 +311,7 @@ class MetaModel(nn.Module):
         rows_per_chunk: int = 65536,
         progress: Callable[[int, int], None] | None = None,
         uncertainty: bool = False,
+        before: Posterior | None = None,
     ) -> Tensor | Posterior:
         """Meta embeddings `[tasks, dim]` of `tasks` (default: every entry), adapted on their most recent rows in `among`.
 
@@ -313,7 +319,11 @@ class MetaModel(nn.Module):
         memory does not grow with their number. `progress` is called with (tasks done, tasks in all).
 
         With `uncertainty` the result is the `Posterior` around the embeddings (solver newton): `dim²` more numbers a task.
+        `before`, the posterior of the same `tasks` after their earlier rows, then stands where the prior does, and
+        `among` holds only rows that came since: no earlier row is needed. A task without new rows keeps what it has.
         """
+        if before is not None:
+            self._check_before(task, tasks, before)
         tasks = torch.arange(data.count(task)) if tasks is None else tasks
         cap = self.adaptation.max_support
         size = among.size[tasks]
@@ -329,11 +339,12 @@ class MetaModel(nn.Module):
         self.eval()
         try:
             for part in torch.split(tasks, torch.unique_consecutive(chunk, return_counts=True)[1].tolist()):
-                z, factor = self._adapted(data, task, part, among.of_tasks(part, cap))
-                vectors.append(z if bool(z.isfinite().all()) else self._isolated(data, task, part, z))
+                start = None if before is None else Posterior(*(each[done : done + len(part)] for each in before))
+                z, factor = self._adapted(data, task, part, among.of_tasks(part, cap), start)
                 if solver is not None and factor is not None:
-                    known = z.isfinite().all(1)[:, None, None]
-                    factors.append(torch.where(known, factor, solver.prior_factor(z)))
+                    held = solver.prior_factor(z) if start is None else start.factor
+                    factors.append(torch.where(z.isfinite().all(1)[:, None, None], factor, held))
+                vectors.append(z if bool(z.isfinite().all()) else self._isolated(data, task, part, z, start))
                 done += len(part)
                 if progress is not None:
                     progress(done, len(tasks))
@@ -342,10 +353,21 @@ class MetaModel(nn.Module):
                 module.training = mode
         return Posterior(torch.cat(vectors), torch.cat(factors)) if uncertainty else torch.cat(vectors)
 
-    def _isolated(self, data: Interactions, task: str, tasks: Tensor, z: Tensor) -> Tensor:
-        """`z` `[tasks, dim]` with the cold embedding where adaptation overflowed, which is reported."""
+    def _check_before(self, task: str, tasks: Tensor | None, before: Posterior) -> None:
+        n, dim = len(before.mean) if tasks is None else len(tasks), self.dims[task]
+        self._newton(task)
+        if before.mean.shape != (n, dim) or before.factor.shape != (n, dim, dim):
+            raise ModelError(
+                f"The earlier posterior of '{task}' has a mean of shape {list(before.mean.shape)} and a factor of shape "
+                f"{list(before.factor.shape)}; for {n} tasks and dim={dim} they must be {[n, dim]} and {[n, dim, dim]}."
+            )
+
+    def _isolated(
+        self, data: Interactions, task: str, tasks: Tensor, z: Tensor, before: Posterior | None = None
+    ) -> Tensor:
+        """`z` `[tasks, dim]` with what adaptation began from where it overflowed, which is reported."""
         bad = ~z.isfinite().all(1)
-        cold = self.cold(data, task, tasks)
+        cold = self.cold(data, task, tasks) if before is None else before.mean
         broken = bad & ~cold.isfinite().all(1)
         if bool(broken.any()):
             key = data.ids[task][int(tasks[int(broken.nonzero()[0, 0])])]
@@ -355,12 +377,13 @@ class MetaModel(nn.Module):
             )
         first = data.ids[task][int(tasks[int(bad.nonzero()[0, 0])])]
         logger.warning(
-            "Adaptation overflowed for %d of %d tasks, the first of them %s:%s; they keep their cold embeddings. Look for a "
+            "Adaptation overflowed for %d of %d tasks, the first of them %s:%s; they keep their %s embeddings. Look for a "
             "NaN or an extreme value in their rows, or lower adapt.rate.",
             int(bad.sum()),
             len(tasks),
             task,
             first,
+            "cold" if before is None else "earlier",
         )
         return torch.where(bad[:, None], cold, z)
 

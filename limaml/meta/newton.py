@@ -6,12 +6,15 @@ With the cold embedding z₀, a learned diagonal prior precision Λ, and J = ∂
 
 a few times (Gauss-Newton). κ is the loss's curvature by the logit, ≥ 0, and Λ > 0, so H is positive definite. A step that
 makes a task's objective worse is halved for that task, and given up if halving does not help. All of it is differentiated by the outer loop.
+
+Recursively, what was found before is the prior of what comes: z₀ and Λ are then the posterior's mean and its H, a full matrix.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,7 +25,34 @@ from limaml.meta.scorer import Piece
 from limaml.meta.support import Support
 from limaml.types import Parts
 
-__all__ = ["NewtonSolver"]
+__all__ = ["NewtonSolver", "Prior"]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is believed of the meta embeddings before the support: normal around `mean` `[tasks, dim]`."""
+
+    mean: Tensor
+    precision: Tensor  # (dim,): a diagonal for all tasks; or (tasks, dim, dim)
+
+    def _times(self, off: Tensor) -> Tensor:
+        if self.precision.ndim == 1:
+            return self.precision * off
+        return (self.precision @ off.unsqueeze(-1)).squeeze(-1)
+
+    def slope(self, z: Tensor) -> Tensor:
+        """Gradient of `loss`, `[tasks, dim]`."""
+        return self._times(z - self.mean)
+
+    def loss(self, z: Tensor) -> Tensor:
+        """Negative log density of each task's z up to a constant, `[tasks]`."""
+        off = z - self.mean
+        return (self._times(off) * off).sum(1) / 2
+
+    @property
+    def matrix(self) -> Tensor:
+        """The precision, `[dim, dim]` or `[tasks, dim, dim]`."""
+        return torch.diag_embed(self.precision) if self.precision.ndim == 1 else self.precision
 
 
 class NewtonSolver(nn.Module):
@@ -35,35 +65,37 @@ class NewtonSolver(nn.Module):
         self.steps, self.halvings = steps, halvings
         self.log_precision = nn.Parameter(torch.full((dim,), math.log(precision)))
 
-    def objective(self, support: Support, z: Tensor, cold: Tensor) -> Tensor:
-        """Negative log posterior of each task up to a constant, `[tasks]`."""
-        return support.loss(z) + self._prior_loss(z, cold)
-
-    def _prior_loss(self, z: Tensor, cold: Tensor) -> Tensor:
-        return (torch.exp(self.log_precision) * (z - cold) ** 2).sum(1) / 2
+    def prior(self, cold: Tensor) -> Prior:
+        """The learned prior: around the cold embeddings `[tasks, dim]`, with the learned precision."""
+        return Prior(cold, torch.exp(self.log_precision))
 
     def prior_factor(self, cold: Tensor) -> Tensor:
         """Lower Cholesky factor of the prior's precision, `[tasks, dim, dim]`."""
         return torch.diag_embed(torch.exp(self.log_precision / 2).expand_as(cold))
 
-    def forward(self, support: Support, cold: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, support: Support, cold: Tensor, before: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Adapted meta embeddings `[tasks, dim]`, and the lower Cholesky factor of H `[tasks, dim, dim]` of the last
-        step (of the prior alone where there were no steps): H⁻¹ is the posterior covariance."""
+        step (of the prior alone where there were no steps): H⁻¹ is the posterior covariance.
+
+        `before`, such a result for earlier rows, takes the place of the learned prior; `cold` is then not read."""
         outer = torch.is_grad_enabled()
-        prior = torch.exp(self.log_precision)
-        z, factor = cold, self.prior_factor(cold)
+        if before is None:
+            prior, factor = self.prior(cold), self.prior_factor(cold)
+        else:
+            prior, factor = Prior(before[0], before[1] @ before[1].mT), before[1]
+        z = prior.mean
         for _ in range(self.steps if len(support) else 0):
-            slope, hessian, before = self._system(support, z, cold, prior, outer)
+            slope, hessian, loss = self._system(support, z, prior, outer)
             factor = _cholesky(hessian)
             step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
-            z = z - self._damping(support, z, step, cold, before) * step
+            z = z - self._damping(support, z, step, prior, loss) * step
             if not outer:
                 z, factor = z.detach(), factor.detach()
         return z, factor
 
-    def _system(
-        self, support: Support, z: Tensor, cold: Tensor, prior: Tensor, create_graph: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _system(self, support: Support, z: Tensor, prior: Prior, create_graph: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient `[tasks, dim]`, Gauss-Newton matrix `[tasks, dim, dim]` and objective `[tasks]` at z."""
 
         def sums(piece: Piece, own: Parts, sides: Sequence[Parts], weights: Tensor, graph: bool) -> Sequence[Tensor]:
@@ -100,20 +132,16 @@ class NewtonSolver(nn.Module):
             return [slope, gram, loss]
 
         slope, gram, loss = support.over_pieces(sums, (z,), create_graph)
-        return (
-            slope + prior * (z - cold),
-            gram + torch.diag_embed(prior),
-            loss.detach() + self._prior_loss(z, cold).detach(),
-        )
+        return slope + prior.slope(z), gram + prior.matrix, loss.detach() + prior.loss(z).detach()
 
     @torch.no_grad()
-    def _damping(self, support: Support, z: Tensor, step: Tensor, cold: Tensor, before: Tensor) -> Tensor:
+    def _damping(self, support: Support, z: Tensor, step: Tensor, prior: Prior, before: Tensor) -> Tensor:
         """Share of the step each task takes, `[tasks, 1]`: halved while it makes the objective worse than `before`
         `[tasks]`, and 0 if it still does in the end."""
         share = torch.ones(len(z), 1, dtype=z.dtype, device=z.device)
         rounding = (1e-6 if z.dtype == torch.float32 else 1e-12) * (1 + before.abs())
         for halving in range(self.halvings + 1):
-            after = self.objective(support, z - share * step, cold)
+            after = support.loss(z - share * step) + prior.loss(z - share * step)
             worse = ~(after <= before + rounding)  # true also where `after` is not a number
             if not bool(worse.any()):
                 break
