@@ -73,8 +73,8 @@ def test_a_task_without_new_rows_keeps_what_it_has() -> None:
 def test_a_posterior_of_other_tasks_is_refused() -> None:
     model, data = linear_model(("squared",), steps=2), random_data(Case(losses=("squared",), sizes=(4, 5)))
     before = updated(model, data, None)
+    rows = TaskRows.of(data.index["user"], data.count("user"))
     with pytest.raises(ModelError, match=r"for 1 tasks and dim=\d+ they must be"):
-        rows = TaskRows.of(data.index["user"], data.count("user"))
         model.embed(data, "user", rows, torch.arange(1), uncertainty=True, before=before)
     wrong = Posterior(before.mean[:, : DIM - 1], before.factor)
     with pytest.raises(ModelError, match="has a mean of shape"):
