@@ -17,6 +17,7 @@ from limaml.cli.console import errors
 from limaml.cli.data import data_app
 from limaml.cli.demo import demo_command
 from limaml.cli.embed import embed_command
+from limaml.cli.export import export_command
 from limaml.cli.recommend import recommend_command
 from limaml.cli.refresh import refresh_command
 from limaml.cli.score import score_command
@@ -57,6 +58,7 @@ app.command(embed_command, name="embed")
 app.command(refresh_command, name="refresh")
 app.command(score_command, name="score")
 app.command(recommend_command, name="recommend")
+app.command(export_command, name="export")
 app.command(store_app)
 app.command(demo_command, name="demo")
 

@@ -20,6 +20,7 @@ import limaml
 from limaml.artifact import verify_folder
 from limaml.cli import main
 from limaml.cli.workspace import MODEL_NAME, Workspace
+from limaml.serving.onnx import OnnxBlock, random_inputs
 from limaml.tasks import TaskRows
 
 
@@ -69,6 +70,18 @@ def test_train_writes_all_that_the_other_verbs_need(trained: Path, tables: Table
     assert sorted(candidates["item_id"]) == sorted(past["item_id"].unique())
     assert "title" in candidates.columns  # no feature, but what a person reads
     assert not (trained / "checkpoint").exists()
+
+
+def test_export_writes_the_block_that_the_run_scores_with(trained: Path, command: Command, tmp_path: Path) -> None:
+    done = command("export", trained, "--onnx", tmp_path / "global.onnx")
+    assert done.code == 0, done.err
+    assert "user_id_embedding [rows, 4]" in done.out and "from torch on" in done.out
+    model = limaml.load_model(trained / "model")
+    block = OnnxBlock(tmp_path / "global.onnx")
+    assert block.metadata["limaml.model"] == model.digest
+    features = random_inputs(model.encoder.specs, {"user_id": 4}, 50, torch.float32, seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(block(features), model.model.global_block(features), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_can_weigh_less_with_age(tables: Tables, command: Command, tmp_path: Path) -> None:
