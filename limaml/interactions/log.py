@@ -1,56 +1,65 @@
 """The interaction log: the truth that everything else is derived from, on disk, one hash bucket of tasks at a time.
 
     folder/
-      manifest.json                      what is in the log; replaced by one atomic rename
-      data/bucket-0003/<append>-0.parquet  rows of the tasks that hash to bucket 3
-      .lock                              held while somebody appends
+      manifest.json                        what is in the log; replaced by one atomic rename
+      forgotten.json                       the tasks whose rows are no longer taken in
+      data/bucket-0003/<append>-….parquet  rows of the tasks that hash to bucket 3
+      data/tail/<append>-….parquet         rows of a stream's small append, of any bucket, until they are folded
+      .lock                                held while somebody writes
 
 Rows of one task are all in one bucket, so that every later stage (windows, training, generation, refresh) can work in
 the memory of one bucket. An append writes its files first and names them in the manifest last: killed at any moment it
-leaves the old log, and files no manifest names, which the next append removes. The manifest remembers what each append
-held, so that the same rows handed in again change nothing.
+leaves the old log, and files no manifest names, which a later append removes. The manifest remembers what each append
+held, so that the same rows handed in again change nothing. Appends are numbered 1, 2, …; what is derived from the log
+remembers the number that it has come to (`since`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 
-from limaml.durable import sync
 from limaml.errors import ConfigError, DataError
 from limaml.interactions.atomic_files import file_sha256, locked
 from limaml.interactions.digest import ContentDigest
-from limaml.interactions.keys import join_key
+from limaml.interactions.log_compact import folded, without
+from limaml.interactions.log_files import APPEND, LogFiles, bucket_of_key, task_bucket
 from limaml.interactions.log_manifest import Append, File, Manifest, read_manifest, same_append, write_manifest
+from limaml.interactions.log_sources import batches, plain, refuse
+from limaml.interactions.tombstones import Tombstone, named, read_tombstones, write_tombstones
 
-__all__ = ["Appended", "InteractionLog", "task_bucket"]
+__all__ = ["Appended", "Compacted", "InteractionLog", "task_bucket"]
 
 BATCH_ROWS = 1_000_000  # rows of a file that are in memory at once while it is appended
+WAIT_S = 60.0
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Appended:
-    """What an append did. `new + already == rows`, and one of the two is 0."""
+    """What an append did: `new + already + forgotten == rows`."""
 
     rows: int  # rows in the source
     new: int  # rows that are in the log now and were not before
     already: int  # rows that an earlier append of the same source had put there
-    digest: str  # of the source's content, sha256
+    digest: str  # of the source's content, sha256; empty for what came with positions alone
+    forgotten: int = 0  # rows of forgotten tasks, which were dropped
 
 
-def task_bucket(key: Sequence[str | int] | str | int, buckets: int) -> int:
-    """The bucket of a task, the same in every process, on every platform and in every version.
+@dataclass(frozen=True)
+class Compacted:
+    """What a compaction did. `before == after` where nothing was to be done."""
 
-    `key` is the task's id, or the ids of a task that several columns name. What is hashed is the task's key as the
-    store knows it: an integer as decimal digits, several parts joined by `|`.
-    """
-    text = join_key([str(part) for part in ([key] if isinstance(key, str | int) else key)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % buckets
+    before: int  # files
+    after: int
+    rows: int  # rows that were written again
 
 
 class InteractionLog:
@@ -97,6 +106,8 @@ class InteractionLog:
                 f"There is no log in {self.folder} yet. To make one, say which columns name a task: "
                 "InteractionLog(folder, task_columns=['user_id'])."
             )
+        self._files = LogFiles(self.folder, self.task_columns, self.bucket_count)
+        self._tidy = False  # whether this process has looked for what others left
 
     def __repr__(self) -> str:
         return f"InteractionLog({str(self.folder)!r}, {list(self.task_columns)}, buckets={self.bucket_count})"
@@ -114,128 +125,298 @@ class InteractionLog:
         """Rows in the log now."""
         return sum(file.rows for file in self._load().files)
 
+    @property
+    def position(self) -> int:
+        """The number of the newest append; 0 before the first."""
+        return self._load().last
+
+    @property
+    def id(self) -> str:
+        """What tells this log from any other one; empty before the first append."""
+        return self._load().id
+
+    @property
+    def tails(self) -> int:
+        """Number of small files that `compact` would fold."""
+        return len(self._load().tails)
+
+    @property
+    def schema(self) -> pl.Schema:
+        """Columns and types of the rows; empty before the first append."""
+        return self._steadily(lambda manifest: self._files.schema(manifest.files) or pl.Schema())
+
+    def positions(self) -> dict[str, int]:
+        """The highest position that was taken in of each partition of a stream, as `append` was given them."""
+        return dict(self._load().positions)
+
     def append(
         self,
         source: pl.DataFrame | str | Path,
         *,
         key: str | None = None,
-        wait_s: float = 60.0,
+        positions: Mapping[str, int] | None = None,
+        wait_s: float = WAIT_S,
         batch_rows: int = BATCH_ROWS,
     ) -> Appended:
         """Add the rows of a frame, or of a Parquet or CSV file, exactly once.
 
         The same source is known by its content (column names, types and rows in their order, whatever file they came
-        in), and adds nothing the second time. Where a source has a name of its own, such as a stream's offsets, give
-        it as `key`: then two batches that happen to be equal are two batches, and a key that returns with another
-        content is refused. Waits up to `wait_s` seconds while another process appends. A file is read `batch_rows`
-        rows at a time.
+        in), and adds nothing the second time. Where a source has a name of its own, give it as `key`: then two batches
+        that happen to be equal are two batches, and a key that returns with another content is refused.
+
+        A stream gives `positions` instead: partition → position of its last event in this batch, for example
+        `{"kafka:clicks:3": 1234}`. They are kept in the same step (`positions()` gives them back), so that a stream that
+        starts again can leave out what is at or below them; a batch whose positions are all taken in adds nothing.
+        It is written as one small file, whatever buckets it touches, until `compact` folds it in.
+
+        Rows of forgotten tasks are dropped and counted. Waits up to `wait_s` seconds while another process appends. A
+        file is read `batch_rows` rows at a time.
 
         Raises `DataError` if a task column is missing, has nulls or is of a type that cannot be an id, or if the
         columns are not those of the log; `StoreError` if the log stays locked. Nothing is then changed.
         """
         if batch_rows < 1:
             raise ConfigError(f"`batch_rows` is {batch_rows}; set it to 1 or more.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / ".lock", wait_s):
-            if not self._manifest_path.exists():
-                write_manifest(self._manifest_path, self._start)  # before any data: data alone is a lost manifest
-            manifest = self._load()
-            if (manifest.task_columns, manifest.buckets) != (self.task_columns, self.bucket_count):
-                raise ConfigError(
-                    f"Another process has just made the log in {self.folder} with task columns "
-                    f"{list(manifest.task_columns)} and {manifest.buckets} buckets. Open it again."
-                )
-            self._remove_orphans(manifest)
-            try:
-                return self._append(manifest, source, key, batch_rows)
-            except BaseException:
-                self._remove_orphans(self._load())
-                raise
+        with self._writing(wait_s, tidy=positions is None) as manifest:
+            return self._append(manifest, source, key, positions, batch_rows)
 
     def _append(
-        self, manifest: Manifest, source: pl.DataFrame | str | Path, key: str | None, batch_rows: int
+        self,
+        manifest: Manifest,
+        source: pl.DataFrame | str | Path,
+        key: str | None,
+        positions: Mapping[str, int] | None,
+        batch_rows: int,
     ) -> Appended:
-        whole = isinstance(source, pl.DataFrame)
+        whole, known = isinstance(source, pl.DataFrame), self._files.schema(manifest.files)
         what = "the frame" if whole else str(source)
-        known = self._schema(manifest)
-        digest, files, rows = ContentDigest(), list[File](), 0
-        types: Mapping[str, str] = manifest.types
-        for number, raw in enumerate(_batches(source, batch_rows, known)):
-            frame = _plain(raw, known)
-            self._check(frame, known, what, first_row=rows)
-            digest.update(frame)
+        taken = positions is not None and self._taken(manifest, positions)
+        tombstones = read_tombstones(self._forgotten_path)
+        digest, files, rows, dropped = ContentDigest(), list[File](), 0, 0
+        number, types = manifest.last + 1, dict(manifest.types)
+        for raw in batches(source, batch_rows, known):
+            frame = plain(raw, known)
+            refuse(frame, known, self.task_columns, what=what, folder=self.folder, first_row=rows)
             rows += frame.height
-            if whole and same_append(manifest, Append(digest.hexdigest(), rows, key)):
-                break  # a file's digest is known only at its end, when most of it has been written
-            files += self._write(frame, f"{len(manifest.appends):08d}-{number}")
+            if positions is None or key is not None:
+                digest.update(frame)
+                if whole and same_append(manifest, digest.hexdigest(), rows, key):
+                    break  # a file's digest is known only at its end, when most of it has been written
+            if taken or not frame.height:
+                continue
+            kept = frame.filter(~named(frame, tombstones)) if tombstones else frame
+            dropped += frame.height - kept.height
+            if positions is not None:
+                files.append(self._files.write(kept, None, number, number))
+            else:
+                files += self._files.write_buckets(kept, number)
             types = types or {column: str(kind) for column, kind in frame.schema.items()}
-        found = Append(digest.hexdigest(), rows, key)
-        if rows == 0 or same_append(manifest, found):
-            self._remove_orphans(manifest)
-            return Appended(rows, 0, rows, found.digest)
-        for bucket in {file.bucket for file in files}:
-            sync(self.folder / "data" / _bucket_name(bucket))
-        sync(self.folder / "data")
-        appends, all_files = (*manifest.appends, found), (*manifest.files, *files)
-        new = Manifest(manifest.task_columns, manifest.buckets, appends, all_files, types)
-        write_manifest(self._manifest_path, new)
-        return Appended(rows, rows, 0, found.digest)
+        identity = digest.hexdigest() if positions is None or key is not None else ""
+        known_source = bool(identity) and same_append(manifest, identity, rows, key)
+        if taken or known_source or (rows == 0 and positions is None):
+            self._files.remove_unnamed(manifest)
+            return Appended(rows, 0, rows, identity)
+        if files:
+            self._files.sync_folders(files)
+        appends = manifest.appends
+        if identity:
+            appends = (*appends, Append(identity, rows, key, number))
+        write_manifest(
+            self._manifest_path,
+            replace(
+                manifest,
+                last=number if rows else manifest.last,
+                appends=appends,
+                files=(*manifest.files, *files),
+                types=types,
+                positions={**manifest.positions, **(positions or {})},
+            ),
+        )
+        return Appended(rows, rows - dropped, 0, identity, dropped)
 
-    def read(self, task_ids: Sequence[object] | None = None) -> pl.DataFrame:
-        """The rows of these tasks (`None`: all), in the order in which they were appended to each bucket.
+    def _taken(self, manifest: Manifest, positions: Mapping[str, int]) -> bool:
+        """Whether all `positions` were taken in before; refuses those that run behind for a part of them."""
+        behind = {name: at for name, at in positions.items() if at <= manifest.positions.get(name, at - 1)}
+        if behind and len(behind) < len(positions):
+            name, at = next(iter(behind.items()))
+            raise DataError(
+                f"The batch ends at position {at} of '{name}', but the log in {self.folder} has taken that in up to "
+                f"{manifest.positions[name]}, while other partitions go on. Leave out what is at or below `positions()`."
+            )
+        return bool(behind)
+
+    def read(self, task_ids: Sequence[object] | None = None, *, through: int | None = None) -> pl.DataFrame:
+        """The rows of these tasks (`None`: all), bucket by bucket, in the order in which they were appended.
 
         An id is a value of the task column, or a tuple of values where several columns name a task. Only the buckets
-        of these tasks are opened. An id without rows has none in the result.
+        of these tasks are opened. An id without rows has none in the result. `through`: only appends up to this one.
         """
-        manifest = self._load()
-        if task_ids is None:
-            return self._frame(manifest, range(manifest.buckets), None)
-        wanted = self._wanted(manifest, task_ids)
-        return self._frame(manifest, sorted(set(self._bucket_of(wanted))), wanted)
+
+        def read(manifest: Manifest) -> pl.DataFrame:
+            if task_ids is None:
+                return self._frame(manifest, through=through)
+            wanted = self._wanted(manifest, task_ids)
+            buckets = set(self._files.bucket_of(wanted).tolist())
+            return self._frame(manifest, buckets=buckets, wanted=wanted, through=through)
+
+        return self._steadily(read).drop(APPEND, strict=False)
 
     def buckets(self) -> Iterator[tuple[int, pl.DataFrame]]:
         """Each bucket's number and rows, one bucket in memory at a time. Empty buckets come too, with their columns."""
-        manifest = self._load()
-        for bucket in range(manifest.buckets):
-            yield bucket, self._frame(manifest, [bucket], None)
+        through = self.position
+        for bucket in range(self.bucket_count):
+
+            def read(manifest: Manifest, bucket: int = bucket) -> pl.DataFrame:
+                return self._frame(manifest, buckets={bucket}, through=through)
+
+            yield bucket, self._steadily(read).drop(APPEND, strict=False)
+
+    def since(self, position: int) -> Iterator[tuple[int, pl.DataFrame]]:
+        """Number and rows of each append after append `position`, oldest first; only files that hold them are read.
+
+        The rows of one append come bucket by bucket. Appends without rows are left out.
+        """
+        through = self.position
+        while True:
+            manifest = self._load()
+            try:
+                for number, frame in self._appends(manifest, position, through):
+                    yield number, frame
+                    position = number
+                return
+            except (DataError, FileNotFoundError):
+                if set(manifest.files) <= set(self._load().files):
+                    raise
+
+    def compact(self, *, wait_s: float = WAIT_S) -> Compacted:
+        """Fold small files, and a stream's tails, into the buckets. No row and no order changes; killed at any moment it
+        leaves the old files or the new ones."""
+        with self._writing(wait_s, tidy=True) as manifest:
+            files = folded(self._files, manifest)
+            fresh = [file for file in files if file not in manifest.files]
+            if fresh:
+                self._files.sync_folders(fresh)
+                manifest_now = manifest.with_files(files)
+                write_manifest(self._manifest_path, manifest_now)
+                self._files.remove_unnamed(manifest_now)
+            return Compacted(len(manifest.files), len(files), sum(file.rows for file in fresh))
+
+    def forget(self, task: str, columns: Sequence[str], keys: Collection[str], *, wait_s: float = WAIT_S) -> int:
+        """Remove the rows of tasks for good; later appends drop theirs. Returns the number of rows removed.
+
+        `task` names the task type, `columns` the columns that name its tasks, `keys` are keys as the store knows them.
+        The tombstones come first: killed at any moment, the same call completes it.
+        """
+        self.mark_forgotten(task, columns, keys, wait_s=wait_s)
+        own = {task: Tombstone(tuple(columns), frozenset(keys))}
+        with self._writing(wait_s, tidy=True) as manifest:
+            first = tuple(columns) == self.task_columns
+            buckets = {bucket_of_key(key, self.bucket_count) for key in keys}
+
+            def chosen(file: File) -> bool:
+                return not first or file.bucket is None or file.bucket in buckets
+
+            files, removed = without(self._files, manifest, chosen, lambda frame: named(frame, own))
+            if removed:
+                self._files.sync_folders(files)
+                manifest_now = manifest.with_files(files)
+                write_manifest(self._manifest_path, manifest_now)
+                self._files.remove_unnamed(manifest_now)
+            return removed
+
+    def mark_forgotten(
+        self, task: str, columns: Sequence[str], keys: Collection[str], *, wait_s: float = WAIT_S
+    ) -> None:
+        """Leave tombstones: rows of these tasks are not appended any more."""
+        with self._writing(wait_s):
+            known = read_tombstones(self._forgotten_path)
+            earlier = known.get(task, Tombstone(tuple(columns))).keys
+            if not earlier >= set(keys):
+                known[task] = Tombstone(tuple(columns), earlier | set(keys))
+                write_tombstones(self._forgotten_path, known)
+
+    def recall(self, task: str, keys: Collection[str], *, wait_s: float = WAIT_S) -> int:
+        """Lift tombstones, for tasks that come back: their rows are appended again from now on. Returns how many."""
+        with self._writing(wait_s):
+            known = read_tombstones(self._forgotten_path)
+            held = known.get(task, Tombstone(()))
+            lifted = held.keys & set(keys)
+            if lifted:
+                known[task] = replace(held, keys=held.keys - lifted)
+                write_tombstones(self._forgotten_path, known)
+            return len(lifted)
+
+    def forgotten(self) -> dict[str, frozenset[str]]:
+        """Task type → keys of the tasks that were forgotten."""
+        return {task: tombstone.keys for task, tombstone in read_tombstones(self._forgotten_path).items()}
 
     def verify(self) -> int:
         """Read every file and compare it with the manifest's hash. Returns the number of rows; lists every problem."""
-        manifest = self._load()
-        problems = []
-        for file in manifest.files:
-            problem = self._damage(file)
-            if problem is None and file_sha256(self.folder / file.path) != file.sha256:
-                problem = (
-                    f"The log's file {self.folder / file.path} is not what was written: its sha256 differs. "
-                    "Restore it from a copy."
-                )
-            if problem is not None:
-                problems.append(problem)
-        if problems:
-            raise DataError("\n".join(problems))
-        return sum(file.rows for file in manifest.files)
+
+        def verify(manifest: Manifest) -> int:
+            problems = []
+            for file in manifest.files:
+                problem = self._files.damage(file)
+                if problem is None and file_sha256(self.folder / file.path) != file.sha256:
+                    problem = (
+                        f"The log's file {self.folder / file.path} is not what was written: its sha256 differs. "
+                        "Restore it from a copy."
+                    )
+                if problem is not None:
+                    problems.append(problem)
+            if problems:
+                raise DataError("\n".join(problems))
+            return sum(file.rows for file in manifest.files)
+
+        return self._steadily(verify)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def _frame(self, manifest: Manifest, buckets: Sequence[int] | range, wanted: pl.DataFrame | None) -> pl.DataFrame:
-        chosen = set(buckets)
-        files = [file for file in manifest.files if file.bucket in chosen]
-        files.sort(key=lambda file: file.bucket)  # stable: append order inside a bucket
-        problems = [problem for file in files if (problem := self._damage(file)) is not None]
-        if problems:
-            raise DataError("\n".join(problems))
+    def _frame(
+        self,
+        manifest: Manifest,
+        *,
+        buckets: set[int] | None = None,
+        wanted: pl.DataFrame | None = None,
+        through: int | None = None,
+    ) -> pl.DataFrame:
+        end = manifest.last if through is None else through
+        files = [
+            file
+            for file in manifest.files
+            if (buckets is None or file.bucket is None or file.bucket in buckets) and file.first <= end
+        ]
         if not files:
-            schema = self._schema(manifest)
+            schema = self._files.schema(manifest.files)
             return pl.DataFrame(schema=schema) if schema is not None else pl.DataFrame()
-        frames = []
+        frame = self._files.gather(files, buckets=buckets, wanted=wanted)
+        return frame if end >= manifest.last else self._between(frame, 0, end)
+
+    def _appends(self, manifest: Manifest, position: int, through: int) -> Iterator[tuple[int, pl.DataFrame]]:
+        files = [file for file in manifest.files if position < file.last and file.first <= through]
+        together = [file for file in files if file.folded]
+        parts: dict[int, list[pl.DataFrame]] = {}
+        if together:
+            rows = self._between(self._files.gather(together), position, through)
+            for (number,), part in rows.partition_by(APPEND, as_dict=True, maintain_order=True).items():
+                parts[int(number)] = [part]
+        alone: dict[int, list[File]] = {}
         for file in files:
-            with _explained(self.folder / file.path):
-                frame = pl.read_parquet(self.folder / file.path)
-            if wanted is not None:
-                frame = frame.join(wanted, on=list(self.task_columns), how="semi", maintain_order="left")
-            frames.append(frame)
-        return pl.concat(frames)
+            if not file.folded:
+                alone.setdefault(file.first, []).append(file)
+        for number in sorted(parts.keys() | alone.keys()):
+            own = parts.pop(number, []) + ([self._files.gather(alone[number])] if number in alone else [])
+            frame = own[0] if len(own) == 1 else self._in_order(pl.concat(own))
+            if frame.height:
+                yield number, frame.drop(APPEND)
+
+    def _between(self, frame: pl.DataFrame, after: int, through: int) -> pl.DataFrame:
+        return frame.filter((pl.col(APPEND) > after) & (pl.col(APPEND) <= through))
+
+    def _in_order(self, rows: pl.DataFrame) -> pl.DataFrame:
+        bucket = "\x1fbucket"
+        rows = rows.with_columns(pl.Series(bucket, self._files.bucket_of(rows)))
+        return rows.sort(bucket, maintain_order=True).drop(bucket)
 
     def _wanted(self, manifest: Manifest, task_ids: Sequence[object]) -> pl.DataFrame:
         """The asked ids as a frame with the task columns, each of the type that the log has."""
@@ -247,7 +428,7 @@ class InteractionLog:
                     f"Task id {position}, {task_ids[position]!r}, has {len(row)} values, but a task of this log is "
                     f"named by {len(columns)}: {list(columns)}. Give one value per column."
                 )
-        known = self._schema(manifest)
+        known = self._files.schema(manifest.files)
         series = []
         for place, column in enumerate(columns):
             values = [row[place] for row in rows]
@@ -270,183 +451,48 @@ class InteractionLog:
             series.append(wide.cast(known[column], strict=False))
         return pl.DataFrame(series).drop_nulls().unique(maintain_order=True)
 
-    def _damage(self, file: File) -> str | None:
-        path = self.folder / file.path
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            return f"The log's file {path} ({file.rows} rows) is missing. Restore it from a copy."
-        if size != file.bytes:
-            return (
-                f"The log's file {path} has {size} bytes, but {file.bytes} were written ({file.rows} rows). "
-                "Restore it from a copy."
-            )
-        return None
+    def _steadily(self, read: Callable[[Manifest], _T]) -> _T:
+        """`read(manifest)`, done again if the files it was about to read were folded or rewritten meanwhile."""
+        while True:
+            manifest = self._load()
+            try:
+                return read(manifest)
+            except (DataError, FileNotFoundError):
+                if set(manifest.files) <= set(self._load().files):
+                    raise
 
-    def _schema(self, manifest: Manifest) -> pl.Schema | None:
-        """The log's columns and types, or None before anything was appended."""
-        if not manifest.files:
-            return None
-        whole = next((file for file in manifest.files if self._damage(file) is None), None)
-        if whole is None:
-            raise DataError("\n".join(str(self._damage(file)) for file in manifest.files))
-        with _explained(self.folder / whole.path):
-            return pl.Schema(pl.read_parquet_schema(self.folder / whole.path))
+    # --- writing -----------------------------------------------------------------------------------------------------
 
-    # --- appending ---------------------------------------------------------------------------------------------------
-
-    def _check(self, frame: pl.DataFrame, known: pl.Schema | None, what: str, first_row: int) -> None:
-        """Raise one `DataError` that lists everything that keeps `frame` out of the log."""
-        problems = []
-        for column in self.task_columns:
-            if column not in frame.columns:
-                problems.append(
-                    f"Task column '{column}' is missing from {what}, whose columns are {frame.columns}. "
-                    "Rename the column that names the task."
+    @contextmanager
+    def _writing(self, wait_s: float, *, tidy: bool = False) -> Iterator[Manifest]:
+        """The manifest, while nobody else writes. `tidy` removes first what others left; an error, what it left itself."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / ".lock", wait_s):
+            if not self._manifest_path.exists():  # before any data: data alone is a lost manifest
+                write_manifest(self._manifest_path, replace(self._start, id=secrets.token_hex(8)))
+            manifest = self._load()
+            if (manifest.task_columns, manifest.buckets) != (self.task_columns, self.bucket_count):
+                raise ConfigError(
+                    f"Another process has just made the log in {self.folder} with task columns "
+                    f"{list(manifest.task_columns)} and {manifest.buckets} buckets. Open it again."
                 )
-                continue
-            kind = frame.schema[column]
-            if not (kind == pl.String or kind.is_integer()):
-                problems.append(
-                    f"Task column '{column}' of {what} is {kind}; an id must be text or an integer. Cast it first."
-                )
-            missing = frame[column].is_null()
-            if missing.any():
-                row = first_row + (missing.arg_max() or 0)
-                problems.append(
-                    f"Task column '{column}' of {what} has {missing.sum()} nulls, the first in row {row}: a row without "
-                    "a task cannot be stored. Remove these rows, or give their task an id."
-                )
-        if known is not None:
-            problems += _drift(known, frame.schema, what, self.folder, self.task_columns)
-        if problems:
-            raise DataError("\n".join(problems))
-
-    def _bucket_of(self, frame: pl.DataFrame) -> list[int]:
-        return [task_bucket(row, self.bucket_count) for row in frame.select(self.task_columns).iter_rows()]
-
-    def _write(self, frame: pl.DataFrame, stem: str) -> list[File]:
-        distinct = frame.select(self.task_columns).unique()
-        column = "\x1fbucket"  # cannot be the name of a column of the source that a person wrote
-        distinct = distinct.with_columns(pl.Series(column, self._bucket_of(distinct), pl.UInt32))
-        placed = frame.join(distinct, on=list(self.task_columns), how="left", maintain_order="left")
-        files = []
-        for (number,), part in placed.partition_by(column, as_dict=True, include_key=False).items():
-            bucket = int(number)
-            path = self.folder / "data" / _bucket_name(bucket) / f"{stem}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_parquet(path, compression="zstd", statistics=True)
-            sync(path)
-            files.append(
-                File(
-                    path.relative_to(self.folder).as_posix(),
-                    bucket,
-                    part.height,
-                    path.stat().st_size,
-                    file_sha256(path),
-                )
-            )
-        return files
-
-    def _remove_orphans(self, manifest: Manifest) -> None:
-        """Remove what an append that did not come to its end has left."""
-        named = {file.path for file in manifest.files}
-        for path in (self.folder / "data").glob("bucket-*/*"):
-            if path.relative_to(self.folder).as_posix() not in named:
-                path.unlink()
-        for path in self.folder.glob(f"{self._manifest_path.name}.*.tmp"):
-            path.unlink()
-
-    # --- manifest ----------------------------------------------------------------------------------------------------
+            if tidy or not self._tidy:
+                self._files.remove_unnamed(manifest)
+                self._tidy = True
+            try:
+                yield manifest
+            except BaseException:
+                self._files.remove_unnamed(self._load())
+                raise
 
     @property
     def _manifest_path(self) -> Path:
         return self.folder / "manifest.json"
 
+    @property
+    def _forgotten_path(self) -> Path:
+        return self.folder / "forgotten.json"
+
     def _load(self) -> Manifest:
         manifest = read_manifest(self._manifest_path)
         return self._start if manifest is None else manifest
-
-
-def _drift(known: pl.Schema, found: pl.Schema, what: str, folder: Path, task_columns: Sequence[str]) -> list[str]:
-    problems = []
-    for column, kind in known.items():
-        if column not in found:
-            if column not in task_columns:  # said already
-                problems.append(f"Column '{column}' ({kind}) of the log in {folder} is missing from {what}. Add it.")
-        elif found[column] != kind:
-            problems.append(
-                f"Column '{column}' is {found[column]} in {what}, but {kind} in the log in {folder}. "
-                f"Cast it to {kind} first."
-            )
-    problems += [
-        f"Column '{column}' ({found[column]}) of {what} is not in the log in {folder}, whose columns are {list(known)}. "
-        "Leave it out, or start a new log."
-        for column in found
-        if column not in known
-    ]
-    return problems
-
-
-def _plain(frame: pl.DataFrame, known: pl.Schema | None) -> pl.DataFrame:
-    """Categories as text, because their codes differ from file to file; columns in the log's order; a column without
-    any value in the log's type."""
-    frame = frame.with_columns(
-        pl.col(name).cast(pl.String)
-        for name, kind in frame.schema.items()
-        if isinstance(kind, pl.Categorical | pl.Enum)
-    )
-    if known is None:
-        return frame
-    frame = frame.with_columns(
-        pl.col(name).cast(known[name]) for name, kind in frame.schema.items() if kind == pl.Null and name in known
-    )
-    return frame.select([*(c for c in known if c in frame.columns), *(c for c in frame.columns if c not in known)])
-
-
-def _batches(source: pl.DataFrame | str | Path, rows: int, known: pl.Schema | None) -> Iterator[pl.DataFrame]:
-    if isinstance(source, pl.DataFrame):
-        yield source
-        return
-    path = Path(source)
-    kind = path.suffix.lower()
-    if kind not in (".parquet", ".pq", ".csv", ".tsv"):
-        raise DataError(
-            f"The log cannot read {path}: it appends .parquet, .csv and .tsv files. Read the file into a polars frame "
-            "and append that."
-        )
-    if not path.is_file():
-        raise DataError(f"There is no file {path} to append. Check the path.")
-    with _explained(path):
-        if kind in (".parquet", ".pq"):
-            lazy = pl.scan_parquet(path)
-        else:
-            columns = pl.read_csv(path, separator="\t" if kind == ".tsv" else ",", n_rows=0).columns
-            types = {c: t for c, t in (known or {}).items() if c in columns}
-            lazy = pl.scan_csv(
-                path,
-                separator="\t" if kind == ".tsv" else ",",
-                schema_overrides=types,
-                infer_schema_length=10_000,
-                try_parse_dates=True,
-            )
-        start = 0
-        while True:
-            frame = lazy.slice(start, rows).collect()
-            if frame.height or not start:
-                yield frame
-            start += frame.height
-            if frame.height < rows:
-                return
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path} cannot be read ({error}). Check that it is a complete file of its kind.") from error
-
-
-def _bucket_name(bucket: int) -> str:
-    return f"bucket-{bucket:04d}"

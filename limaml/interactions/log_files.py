@@ -1,0 +1,146 @@
+"""The files of a log: what each holds, and how they are written, read and found to be damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from limaml.durable import sync
+from limaml.errors import DataError
+from limaml.interactions.atomic_files import file_sha256
+from limaml.interactions.columns import factorise
+from limaml.interactions.keys import join_key
+from limaml.interactions.log_manifest import File, Manifest
+from limaml.interactions.log_sources import explained
+
+__all__ = ["APPEND", "LogFiles", "bucket_of_key", "task_bucket"]
+
+APPEND = "\x1fappend"
+"""Column that numbers the appends; no column of a source that a person wrote is called so."""
+
+_BUCKET = "\x1fbucket"
+
+
+def task_bucket(key: Sequence[str | int] | str | int, buckets: int) -> int:
+    """The bucket of a task, the same in every process, on every platform and in every version.
+
+    `key` is the task's id, or the ids of a task that several columns name. What is hashed is the task's key as the
+    store knows it: an integer as decimal digits, several parts joined by `|`.
+    """
+    return bucket_of_key(join_key([str(part) for part in ([key] if isinstance(key, str | int) else key)]), buckets)
+
+
+def bucket_of_key(text: str, buckets: int) -> int:
+    """The bucket of a task by its key, as the store knows it."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % buckets
+
+
+class LogFiles:
+    """The files under `folder`, of a log that `task_columns` partition into `buckets`."""
+
+    def __init__(self, folder: Path, task_columns: Sequence[str], buckets: int) -> None:
+        self.folder, self.task_columns, self.buckets = folder, list(task_columns), buckets
+
+    def bucket_of(self, frame: pl.DataFrame) -> NDArray[np.uint32]:
+        """The bucket `[rows]` of each row."""
+        codes, first = factorise(frame.select(self.task_columns))
+        found = [task_bucket(row, self.buckets) for row in frame.select(self.task_columns)[first].iter_rows()]
+        return np.array(found, dtype=np.uint32)[codes] if len(codes) else np.zeros(0, np.uint32)
+
+    def write(self, frame: pl.DataFrame, bucket: int | None, first: int, last: int) -> File:
+        """Write rows of the appends `first` … `last` durably. Their `APPEND` column is kept where these are several."""
+        if first == last and APPEND in frame.columns:
+            frame = frame.drop(APPEND)
+        name = "tail" if bucket is None else f"bucket-{bucket:04d}"
+        path = self.folder / "data" / name / f"{first:08d}-{secrets.token_hex(4)}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frame.write_parquet(path, compression="zstd" if bucket is not None else "lz4", statistics=bucket is not None)
+        sync(path)
+        relative = path.relative_to(self.folder).as_posix()
+        return File(relative, bucket, frame.height, path.stat().st_size, file_sha256(path), first, last)
+
+    def write_buckets(self, frame: pl.DataFrame, number: int) -> list[File]:
+        """Write the rows of one append, each into its bucket."""
+        placed = frame.with_columns(pl.Series(_BUCKET, self.bucket_of(frame)))
+        parts = placed.partition_by(_BUCKET, as_dict=True, include_key=False, maintain_order=True)
+        return [self.write(part, int(bucket), number, number) for (bucket,), part in parts.items()]
+
+    def sync_folders(self, files: Iterable[File]) -> None:
+        """Flush the names of new files to the disk."""
+        for folder in {(self.folder / file.path).parent for file in files}:
+            sync(folder)
+        sync(self.folder / "data")
+
+    def read(self, file: File) -> pl.DataFrame:
+        """The rows of a file, with their `APPEND` column."""
+        with explained(self.folder / file.path):
+            frame = pl.read_parquet(self.folder / file.path)
+        return frame if file.folded else frame.with_columns(pl.lit(file.first, pl.UInt32).alias(APPEND))
+
+    def gather(
+        self, files: Sequence[File], *, buckets: set[int] | None = None, wanted: pl.DataFrame | None = None
+    ) -> pl.DataFrame:
+        """The rows of `files` in the log's order: by bucket, then by append, then as they came; with `APPEND`.
+
+        Only those in `buckets`, and only those of the tasks `wanted`, where these are given. At least one file.
+        """
+        self.refuse_damaged(files)
+        ordered = sorted(files, key=lambda file: (-1 if file.bucket is None else file.bucket, file.first))
+        frames = []
+        for file in ordered:
+            frame = self.read(file)
+            if wanted is not None:
+                frame = frame.join(wanted, on=self.task_columns, how="semi", maintain_order="left")
+            frames.append(frame)
+        whole = pl.concat(frames)
+        if all(file.bucket is not None for file in files):
+            return whole
+        whole = whole.with_columns(pl.Series(_BUCKET, self.bucket_of(whole)))
+        if buckets is not None:
+            whole = whole.filter(pl.col(_BUCKET).is_in(sorted(buckets)))
+        return whole.sort(_BUCKET, APPEND, maintain_order=True).drop(_BUCKET)
+
+    def schema(self, files: Sequence[File]) -> pl.Schema | None:
+        """The log's columns and types, or None before anything was appended."""
+        if not files:
+            return None
+        whole = next((file for file in reversed(files) if self.damage(file) is None), None)
+        if whole is None:
+            raise DataError("\n".join(str(self.damage(file)) for file in files))
+        with explained(self.folder / whole.path):
+            found = pl.read_parquet_schema(self.folder / whole.path)
+        return pl.Schema({column: kind for column, kind in found.items() if column != APPEND})
+
+    def damage(self, file: File) -> str | None:
+        """A sentence that says what is wrong with a file, as far as its size shows it."""
+        path = self.folder / file.path
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            return f"The log's file {path} ({file.rows} rows) is missing. Restore it from a copy."
+        if size != file.bytes:
+            return (
+                f"The log's file {path} has {size} bytes, but {file.bytes} were written ({file.rows} rows). "
+                "Restore it from a copy."
+            )
+        return None
+
+    def refuse_damaged(self, files: Sequence[File]) -> None:
+        problems = [problem for file in files if (problem := self.damage(file)) is not None]
+        if problems:
+            raise DataError("\n".join(problems))
+
+    def remove_unnamed(self, manifest: Manifest) -> None:
+        """Remove what an append that did not come to its end has left, and what was folded into other files."""
+        named = {file.path for file in manifest.files}
+        for path in (self.folder / "data").glob("*/*"):
+            if path.relative_to(self.folder).as_posix() not in named:
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob("*.json.*.tmp"):
+            path.unlink(missing_ok=True)
