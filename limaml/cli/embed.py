@@ -24,6 +24,9 @@ def embed_command(
     store: Annotated[str | None, Parameter(help="Path or URL of the store (default: the run folder's own).")] = None,
     dtype: Annotated[Literal["float32", "float16", "int8"], Parameter(help="How vectors are stored.")] = "float32",
     note: Annotated[str, Parameter(help="A remark kept with the version.")] = "",
+    uncertainty: Annotated[
+        bool, Parameter(help="Also publish how sure each embedding is (solver newton): for Thompson sampling.")
+    ] = False,
     keep: Annotated[int, Parameter(help="Ready versions to keep; older ones are removed.")] = 3,
 ) -> None:
     """Adapt every task on its latest interactions and publish the result as a new version.
@@ -39,14 +42,22 @@ def embed_command(
     frame, dropped = place.joined(place.log(place.schema).read())
     say([dropped] if dropped else [])
     data = trained.encoder.encode(frame)
-    dims = dims_of(trained)
+    dims = dims_of(trained, uncertainty)
     with place.store(store, create=True) as opened:
         counts = {name: data.count(task_of(name)) for name in dims}
         estimate = opened.estimate(counts, dims, dict.fromkeys(trained.model.tasks, dtype))
         say([f"{estimate.keys:,} keys, about {amount(estimate.bytes)}."])
         with counting("embedding") as progress:
             published = publish(
-                opened, MODEL_NAME, trained, place.model, data, dtype=dtype, note=note, progress=progress
+                opened,
+                MODEL_NAME,
+                trained,
+                place.model,
+                data,
+                dtype=dtype,
+                note=note,
+                uncertainty=uncertainty,
+                progress=progress,
             )
         expired = opened.expire(MODEL_NAME, keep)
     told = ", ".join(f"{count:,} {name}" for name, count in published.counts.items())

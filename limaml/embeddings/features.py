@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from limaml.embeddings.factors import FACTOR_SUFFIX
 from limaml.errors import ModelError
 from limaml.types import FeatureKind, Features, FeatureSpec
 
@@ -28,8 +29,8 @@ def features_type(task: str) -> str:
 
 
 def task_of(name: str) -> str:
-    """The task that a stored task type belongs to: the inverse of `features_type`, or the task itself."""
-    return name.removesuffix(_SUFFIX)
+    """The task that a stored task type belongs to: the inverse of `features_type` and `factor_type`, or the task itself."""
+    return name.removesuffix(_SUFFIX).removesuffix(FACTOR_SUFFIX)
 
 
 def _width(spec: FeatureSpec) -> int:

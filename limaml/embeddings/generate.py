@@ -24,6 +24,7 @@ class Generated:
     vectors: Tensor  # [tasks, dim]
     count: Tensor  # [tasks] int64: support rows before `max_support` was applied
     newest: Tensor  # [tasks] int64: time of the newest support row; the smallest int64 for a cold task
+    factors: Tensor | None = None  # [tasks, dim, dim]: of the posterior's precision, where it was asked for
 
 
 def generate(
@@ -35,12 +36,21 @@ def generate(
     *,
     rows_per_chunk: int = 65536,
     progress: Callable[[int, int], None] | None = None,
+    uncertainty: bool = False,
 ) -> Generated:
-    """`MetaModel.embed`, with the revision of each task's support: how many rows `among` has of it, and the newest."""
+    """`MetaModel.embed`, with the revision of each task's support: how many rows `among` has of it, and the newest.
+
+    With `uncertainty` (solver newton) the factors of the posterior as well."""
     tasks = torch.arange(data.count(task)) if tasks is None else tasks
-    vectors = model.embed(data, task, among, tasks, rows_per_chunk=rows_per_chunk, progress=progress)
+    factors: Tensor | None = None
+    if uncertainty:
+        vectors, factors = model.embed(
+            data, task, among, tasks, rows_per_chunk=rows_per_chunk, progress=progress, uncertainty=True
+        )
+    else:
+        vectors = model.embed(data, task, among, tasks, rows_per_chunk=rows_per_chunk, progress=progress)
     count = among.size[tasks]
     newest = torch.full((len(tasks),), torch.iinfo(torch.int64).min)
     has = count > 0
     newest[has] = data.time[among.rows[(among.offset[1:] - 1)[tasks[has]]]]
-    return Generated(task, tasks, vectors, count, newest)
+    return Generated(task, tasks, vectors, count, newest, factors)

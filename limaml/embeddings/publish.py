@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from limaml.embeddings.factors import factor_dims, factor_type, pack_factors, prior_factor
 from limaml.embeddings.features import feature_width, features_type, pack_features
 from limaml.embeddings.generate import Generated, generate
 from limaml.errors import DataError
@@ -19,10 +20,13 @@ from limaml.types import Interactions
 
 __all__ = ["dims_of", "publish", "revisions", "watermark_of"]
 
+NUMBERS_PER_PUT = 2**24
+"""Entries of factors, `tasks · dim²`, that are held at a time."""
 
-def dims_of(trained: TrainedModel) -> dict[str, int]:
-    """Task type → length of its vectors in the store, the types that hold task features included."""
-    dims = {}
+
+def dims_of(trained: TrainedModel, uncertainty: bool = False) -> dict[str, int]:
+    """Task type → length of its vectors in the store, the types that hold task features and factors included."""
+    dims: dict[str, int] = dict(factor_dims(trained.model)) if uncertainty else {}
     for task in trained.model.tasks:
         dims[task] = trained.model.dims[task] or 0
         width = feature_width(trained.encoder.specs, task)
@@ -53,13 +57,15 @@ def publish(
     *,
     dtype: str = "float32",
     note: str = "",
+    uncertainty: bool = False,
     tasks_per_put: int = 65536,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Published:
     """Adapt every task on its most recent rows in `among` (default: all rows) and publish the result as a new version.
 
     The version holds the meta embeddings, the tasks' own features, a cold embedding for unknown ids, and a copy of the
-    model `folder`: all that scoring needs. Readers see the old version until all is written and verified.
+    model `folder`: all that scoring needs. With `uncertainty` (solver newton) also the factor of each task's posterior,
+    all that Thompson sampling needs. Readers see the old version until all is written and verified.
     `progress` is called with (task type, tasks done, tasks in all).
     """
     model, specs = trained.model, trained.encoder.specs
@@ -69,9 +75,12 @@ def publish(
     if trained.digest and digest != trained.digest:
         raise DataError(f"The model folder {folder} is not the one that was loaded; its content has changed since.")
     expected = {}
+    dims = dims_of(trained, uncertainty)
+    if uncertainty:
+        tasks_per_put = max(1, min(tasks_per_put, NUMBERS_PER_PUT // max(dims[task] for task in model.tasks) ** 2))
     with store.publish(
         name,
-        dims=dims_of(trained),
+        dims=dims,
         dtype=dict.fromkeys(model.tasks, dtype),  # task features stay float32: their ids must come back exactly
         artifact=digest,
         watermark=watermark_of(data, among),
@@ -87,15 +96,20 @@ def publish(
                     if progress is not None:
                         progress(task, start + done, total)
 
-                generated = generate(model, data, task, among[task], part, progress=tell)
+                generated = generate(model, data, task, among[task], part, progress=tell, uncertainty=uncertainty)
                 ids = [data.ids[task][entry] for entry in part.tolist()]
                 count, newest = revisions(generated)
+                if generated.factors is not None:
+                    publication.put(factor_type(task), ids, pack_factors(generated.factors), count, newest)
                 publication.put(task, ids, generated.vectors.float().numpy(), count, newest)
                 if feature_width(specs, task):
                     features = {key: values[part] for key, values in data.sides[task].items()}
                     publication.put(features_type(task), ids, pack_features(features, specs, task), count, newest)
             publication.put_cold(task, cold_vector(trained, task))
             expected[task] = total
+            if uncertainty:
+                publication.put_cold(factor_type(task), prior_factor(model, task))
+                expected[factor_type(task)] = total
             if feature_width(specs, task):
                 unknown = pack_features(trained.encoder.unknown_features(task), specs, task)
                 publication.put_cold(features_type(task), unknown[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import polars as pl
 import torch
 
+from limaml.embeddings.factors import factor_type, pack_factors
 from limaml.embeddings.features import feature_width, features_type, pack_features
 from limaml.embeddings.generate import generate
 from limaml.embeddings.publish import revisions
@@ -68,9 +69,13 @@ def refresh(
         if not len(tasks):
             continue
         rows = TaskRows.of(data.index[task], data.count(task))
-        generated = generate(trained.model, data, task, rows, tasks)
+        uncertainty = factor_type(task) in served.dims  # as the version was published
+        generated = generate(trained.model, data, task, rows, tasks, uncertainty=uncertainty)
         ids = [data.ids[task][i] for i in tasks.tolist()]
         count, newest = revisions(generated)
+        if generated.factors is not None:
+            packed = pack_factors(generated.factors)
+            store.upsert(name, served.id, factor_type(task), ids, packed, count, newest)
         # The features first: whoever sees the new embedding then sees the new features as well.
         if feature_width(specs, task):
             features = {key: values[tasks] for key, values in data.sides[task].items()}

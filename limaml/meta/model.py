@@ -190,7 +190,7 @@ class MetaModel(nn.Module):
         without support rows.
         """
         if uncertainty:
-            self._newton(task)
+            self.newton(task)
         z, factor = self._adapted(data, task, tasks, support)
         return z if not uncertainty or factor is None else Posterior(z, factor)
 
@@ -265,7 +265,8 @@ class MetaModel(nn.Module):
             raise ModelError(f"There is no meta block for '{task}'; this model has {list(self.tasks)}.")
         return self.solvers[task]
 
-    def _newton(self, task: str) -> NewtonSolver:
+    def newton(self, task: str) -> NewtonSolver:
+        """The solver of a task type, which must be `newton`: `ModelError` if it is another one."""
         solver = self._solver_of(task)
         if not isinstance(solver, NewtonSolver):
             raise ModelError(
@@ -332,7 +333,7 @@ class MetaModel(nn.Module):
         each = self._task_bytes(data, task, tasks) if len(tasks) else 0
         most = min(self._budget(), rows_per_chunk * ROW_BYTES)
         chunk = torch.div(torch.cumsum(used * ROW_BYTES + each, 0) - 1, max(1, most), rounding_mode="floor")
-        solver, dim = self._newton(task) if uncertainty else None, self.dims[task] or 0
+        solver, dim = self.newton(task) if uncertainty else None, self.dims[task] or 0
         vectors = [torch.zeros(0, dim, dtype=self.dtype, device=self.device)]
         factors = [torch.zeros(0, dim, dim, dtype=self.dtype, device=self.device)]
         done, training = 0, {module: module.training for module in self.modules()}
@@ -355,7 +356,7 @@ class MetaModel(nn.Module):
 
     def _check_before(self, task: str, tasks: Tensor | None, before: Posterior) -> None:
         n, dim = len(before.mean) if tasks is None else len(tasks), self.dims[task]
-        self._newton(task)
+        self.newton(task)
         if before.mean.shape != (n, dim) or before.factor.shape != (n, dim, dim):
             raise ModelError(
                 f"The earlier posterior of '{task}' has a mean of shape {list(before.mean.shape)} and a factor of shape "
