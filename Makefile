@@ -1,5 +1,6 @@
 # make demo    the main job on MovieLens-100K, in at most a few minutes
 # make test    format, lint, types, tests
+# make test-faults  the fault tests in full: minutes of kills, full disks, lost servers
 # make lint    format, lint, types
 # make format  put the format right
 # make bench-engine  the engine against its peers, on one thread, about 10 minutes
@@ -13,7 +14,7 @@ READY := .venv/.ready
 # One thread per process: the comparison and the tests run several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint format bench-engine clean
+.PHONY: help demo test test-faults lint format bench-engine clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -35,6 +36,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+test-faults: $(READY)
+	LIMAML_FAULTS=full $(BIN)/python -m pytest tests/faults -n 2 -rP
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -88,6 +88,8 @@ def cluster(nodes: int = 3) -> Iterator[list[Valkey]]:
         while not all(b"cluster_state:ok" in raw_info(server.port) for server in servers):
             assert time.monotonic() < until, "the cluster does not form"
             time.sleep(0.05)
+        for client in clients:
+            client.close()  # whoever looks at the servers' lists of clients finds others' alone
         yield servers
 
 

@@ -1,0 +1,169 @@
+"""The bytes of a store by their documentation alone (`store/packing.py`, `lmdb.py`, `redis.py`, `redis_values.py`): a second
+reading, that shares no code with the first. Reads whole stores, and believes nothing but the format.
+
+    LMDB       data.mdb: database `catalog` of JSON documents, `embeddings` of values
+    Redis      PREFIX:{PREFIX}:catalog, a hash of the same documents; PREFIX:{TAG}:NUMBER:PLACE, hashes of values, and …:header
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import struct
+import time
+import zlib
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+COLD = ""  # stands for the id of a task type's cold embedding
+_NAME = "faults"  # of our own connections
+_DTYPES = {0: "<f4", 1: "<f2", 2: "i1"}
+
+
+class Damaged(AssertionError):
+    """A value that is not what the documentation says."""
+
+
+@dataclass(frozen=True)
+class Value:
+    count: int
+    newest: int
+    vector: NDArray[np.float32]
+    check: int
+    bytes: int  # of its key and itself, as the backend has them
+
+
+@dataclass
+class Tally:
+    count: int = 0
+    checksum: int = 0
+    bytes: int = 0
+    cold: int | None = None
+
+
+@dataclass
+class Contents:
+    """A whole store: documents by kind, model and version; values by version number and task type's place."""
+
+    documents: dict[str, Any] = field(default_factory=dict)
+    values: dict[tuple[int, int], dict[str, Value]] = field(default_factory=dict)  # id → value
+    headers: dict[tuple[int, int], Tally] = field(default_factory=dict)  # where counts lie with the values
+    left_over: list[str] = field(default_factory=list)  # keys that nothing explains
+
+    def current(self, model: str) -> str | None:
+        found: str | None = self.documents.get(f"current/{model}")
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        return [document for key, document in self.documents.items() if key.startswith("record/")]
+
+
+def decode(prefix: bytes, identity: bytes, raw: bytes, own_bytes: int) -> tuple[str, Value]:
+    """The id and the value that lie under `prefix + identity`. Raises `Damaged`."""
+    if len(raw) < 24:
+        raise Damaged(f"{identity!r} has {len(raw)} bytes")
+    form, dtype, dim, count, newest, scale = struct.unpack("<BBHIqf", raw[:20])
+    if form != 1 or dtype not in _DTYPES:
+        raise Damaged(f"{identity!r} has format {form} and dtype {dtype}")
+    kind = np.dtype(_DTYPES[dtype])
+    end = 20 + -(-dim * kind.itemsize // 4) * 4
+    (check,) = struct.unpack_from("<I", raw, end)
+    tail = raw[end + 4 :]
+    if zlib.crc32(prefix + identity + raw[:end]) != check:
+        raise Damaged(f"{identity!r} has another checksum than its bytes")
+    vector = np.frombuffer(raw, kind, dim, 20).astype(np.float32) * np.float32(scale)
+    if identity == b"\x02":
+        name = COLD
+    elif identity[:1] == b"\x01":
+        if hashlib.blake2b(tail, digest_size=32).digest() != identity[1:]:
+            raise Damaged(f"{identity!r} keeps an id that is not its own")
+        name = tail.decode("utf-8", "surrogatepass")
+    else:
+        if tail or identity[:1] != b"\x00":
+            raise Damaged(f"{identity!r} has {len(tail)} bytes too many")
+        name = identity[1:].decode("utf-8", "surrogatepass")
+    return name, Value(count, newest, vector, check, own_bytes)
+
+
+def _document(raw: bytes) -> Any:
+    return json.loads(raw) if raw[:1] in (b"{", b"[") else raw.decode()
+
+
+def read_lmdb(path: Path) -> Contents:
+    """The store in a folder. Not for a process that has it open already."""
+    contents = Contents()
+    with lmdb.open(str(path), readonly=True, max_dbs=8, map_size=2**30) as environment:
+        catalog, values = (
+            environment.open_db(b"catalog", create=False),
+            environment.open_db(b"embeddings", create=False),
+        )
+        with environment.begin() as txn:
+            for key, raw in txn.cursor(catalog):
+                contents.documents[key.decode()] = _document(raw)
+            for key, raw in txn.cursor(values):
+                number, place = struct.unpack(">IH", key[:6])
+                name, value = decode(key[:6], key[6:], raw, len(key) + len(raw))
+                contents.values.setdefault((number, place), {})[name] = value
+    return contents
+
+
+def read_redis(address: str) -> Contents:
+    """The store at an address like `redis://127.0.0.1:6379?prefix=x&cluster=true`, once nobody else speaks to the server."""
+    import redis
+
+    parts = urlsplit(address)
+    options = parse_qs(parts.query)
+    prefix, cluster = options["prefix"][0], options.get("cluster") == ["true"]
+    contents = Contents()
+    host, port = parts.hostname or "", parts.port or 0
+    _wait_for_silence(host, port, cluster)
+    kind = redis.RedisCluster if cluster else redis.Redis
+    with contextlib.closing(kind(host=host, port=port)) as client:
+        for key, raw in client.hgetall(f"{prefix}:{{{prefix}}}:catalog").items():
+            contents.documents[key.decode()] = _document(raw)
+        for key in client.scan_iter(match=f"{prefix}:*", count=1000):
+            found = re.fullmatch(rf"{re.escape(prefix)}:\{{\w+\}}:(\d+):(\d+)(:header)?", key.decode())
+            if found is None:
+                if not re.match(rf"{re.escape(prefix)}:(\{{{re.escape(prefix)}\}}:catalog|model:)", key.decode()):
+                    contents.left_over.append(key.decode())
+                continue
+            number, place = int(found[1]), int(found[2])
+            start = struct.pack(">IH", number, place)
+            fields = client.hgetall(key)
+            if found[3]:
+                header = contents.headers.setdefault((number, place), Tally())
+                header.count += int(fields.get(b"count", 0))
+                header.checksum += int(fields.get(b"checksum", 0))
+                header.bytes += int(fields.get(b"bytes", 0))
+                header.cold = int(fields[b"cold"]) if b"cold" in fields else header.cold
+                continue
+            kept = contents.values.setdefault((number, place), {})
+            for identity, raw in fields.items():
+                name, value = decode(start, identity, raw, len(identity) + len(raw))
+                assert name not in kept, f"{name!r} lies in two buckets"
+                kept[name] = value
+    return contents
+
+
+def _wait_for_silence(host: str, port: int, cluster: bool) -> None:
+    """Until the servers have done all that killed clients had sent: their lists of clients show ours alone."""
+    import redis
+
+    with ExitStack() as stack:
+        first = stack.enter_context(redis.Redis(host, port, client_name=_NAME))
+        ports = {share[2][1] for share in first.execute_command("CLUSTER SLOTS")} if cluster else {port}
+        others = [redis.Redis(host, other, client_name=_NAME) for other in ports - {port}]
+        clients = [first, *(stack.enter_context(other) for other in others)]
+        until = time.monotonic() + 20
+        while any(entry["name"] != _NAME and entry["flags"] != "S" for one in clients for entry in one.client_list()):
+            assert time.monotonic() < until, "somebody else speaks to the servers"
+            time.sleep(0.01)

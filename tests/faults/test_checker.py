@@ -1,0 +1,151 @@
+"""The checker finds what it is there for: it is shown a whole store, and the same with each kind of fault put in."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import polars as pl
+import pytest
+
+from .checker import check, check_log
+from .processes import FULL, KILL, Nursery
+from .raw import read_lmdb
+from .world import MODEL, World, counted
+
+
+@pytest.fixture(scope="module")
+def published(world: World, born: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two versions; the newer one refreshed with the first of two halves of the later clicks."""
+    run = world.copy(tmp_path_factory.mktemp("published") / "run")
+    born.do("embed", run)
+    born.do("embed", run)
+    half, _ = world.pieces(run / "pieces", 2)
+    born.do("refresh", run, half)
+    return run
+
+
+def looked(run: Path, world: World, **changed: Any) -> int:
+    half, _ = world.pieces(run / "pieces", 2)
+    known = counted(world, [half])
+    given = {"least": known, "most": known, "promised": "v000002-" + world.digest[:8], "settled": True, **changed}
+    return check(read_lmdb(run / "store"), world, **given)
+
+
+def test_a_whole_store_passes(published: Path, world: World) -> None:
+    assert looked(published, world) > 2 * 2 * 34
+    half, other = (pl.read_parquet(file) for file in world.pieces(published / "pieces", 2))
+    check_log(published / "log", world, half)
+    for sure, maybe in ((half.head(0), None), (pl.concat([half, other]), None), (half.head(3), other)):
+        with pytest.raises(AssertionError, match="the log has lost"):
+            check_log(published / "log", world, sure, maybe)
+
+
+def test_what_was_promised_is_asked_for(published: Path, world: World) -> None:
+    with pytest.raises(AssertionError, match=r"v000003 was promised, v000002-\w+ is served"):
+        looked(published, world, promised="v000003")
+    with pytest.raises(AssertionError, match=r"knows \d+ from \d+ clicks .* possible were"):
+        looked(published, world, least=world.all, most=world.all)
+    none = dict.fromkeys(world.members, 0)
+    with pytest.raises(AssertionError, match=r"possible were"):
+        looked(published, world, least=none, most=none)
+
+
+def other_vector(raw: bytes, other: bytes, key: bytes) -> bytes:
+    body = raw[:20] + other[20:-4]
+    return body + struct.pack("<I", zlib.crc32(key + body))
+
+
+def lose(txn: Any, values: Any, keys: list[bytes]) -> None:
+    txn.delete(keys[3], db=values)
+
+
+def flip(txn: Any, values: Any, keys: list[bytes]) -> None:
+    raw = txn.get(keys[3], db=values)
+    txn.put(keys[3], raw[:22] + bytes([raw[22] ^ 1]) + raw[23:], db=values)
+
+
+def misplace(txn: Any, values: Any, keys: list[bytes]) -> None:
+    txn.put(keys[3], txn.get(keys[4], db=values), db=values)
+
+
+def mix(txn: Any, values: Any, keys: list[bytes]) -> None:
+    """A vector of another member under a header and a checksum that are right: only the model of the world tells."""
+    raw = txn.get(keys[3], db=values)
+    txn.put(keys[3], other_vector(raw, txn.get(keys[4], db=values), keys[3]), db=values)
+
+
+def stray(txn: Any, values: Any, keys: list[bytes]) -> None:
+    raw, key = txn.get(keys[3], db=values), struct.pack(">IH", 77, 0) + keys[3][6:]
+    txn.put(key, other_vector(raw, raw, key), db=values)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lose, r"has lost \d+"),
+        (lose, r"says Tally\(count=3\d"),
+        (flip, "another checksum than its bytes"),
+        (misplace, "another checksum than its bytes"),
+        (mix, "a vector that is off by"),
+        (stray, "version number 77 has values"),
+    ],
+)
+def test_faults_in_values_are_found(
+    published: Path, world: World, tmp_path: Path, fault: Callable[[Any, Any, list[bytes]], None], message: str
+) -> None:
+    run = Path(shutil.copytree(published, tmp_path / "run"))
+    with lmdb.open(str(run / "store"), max_dbs=8, map_size=2**30) as environment:
+        values = environment.open_db(b"embeddings")
+        with environment.begin(write=True) as txn:
+            newest = struct.pack(">IH", 2, 0)
+            fault(txn, values, [key for key, _ in txn.cursor(values) if key.startswith(newest)])
+    with pytest.raises(AssertionError, match=message):
+        looked(run, world)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key, raw: None if key.startswith(b"ready/") else raw, "its mark says False"),
+        (
+            lambda key, raw: None if b"record/model/v000002" in key else raw,
+            r"version number 2 has values .* but no record",
+        ),
+        (lambda key, raw: raw.replace(b'"ready"', b'"writing"'), "its mark says True"),
+        (lambda key, raw: raw.replace(b'"count":3', b'"count":5') if b"totals/" in key else raw, "says Tally"),
+        (lambda key, raw: b"v000009-00000000" if key.startswith(b"current/") else raw, "is served, ready are"),
+    ],
+)
+def test_faults_in_documents_are_found(
+    published: Path, world: World, tmp_path: Path, change: Callable[[bytes, bytes], bytes | None], message: str
+) -> None:
+    run = Path(shutil.copytree(published, tmp_path / "run"))
+    with lmdb.open(str(run / "store"), max_dbs=8, map_size=2**30) as environment:
+        catalog = environment.open_db(b"catalog")
+        with environment.begin(write=True, db=catalog) as txn:
+            for key, raw in list(txn.cursor()):
+                changed = change(key, raw)
+                txn.delete(key) if changed is None else txn.put(key, changed)
+    with pytest.raises(AssertionError, match=message):
+        looked(run, world)
+
+
+def test_a_process_ends_and_a_disk_is_full_where_they_should(world: World, born: Nursery, tmp_path: Path) -> None:
+    """`preload.c` itself: without it the other tests would kill nobody, and pass."""
+    if not born.counting:
+        pytest.skip("no C compiler: processes are killed by time alone")
+    run = world.copy(tmp_path / "run")
+    whole = born.run("embed", run)
+    assert whole.code == 0 and whole.seen > 30, whole
+    assert born.run("embed", run, at=whole.seen // 2, how=KILL).killed
+    assert born.run("embed", run, at=10**6, how=KILL).code == 0
+    full = born.run("embed", run, at=3, how=FULL)
+    assert full.code == 2 and "is full" in full.said, full
+    listed = born.do("store", "list", run, clock=-40 * 86400)
+    assert listed.count(MODEL) >= 2
