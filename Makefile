@@ -4,6 +4,7 @@
 # make lint    format, lint, types
 # make format  put the format right
 # make bench-engine  the engine against its peers, on one thread, about 10 minutes
+# make proto   compile gRPC's messages again, after a change of limaml/serving/protocol/*.proto
 # make clean   remove the environment and what was made
 # The environment is made once in .venv, and again only when pyproject.toml or constraints.txt change.
 
@@ -14,7 +15,7 @@ READY := .venv/.ready
 # One thread per process: the comparison and the tests run several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-faults lint format bench-engine clean
+.PHONY: help demo test test-faults lint format bench-engine proto clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -47,6 +48,10 @@ format: $(READY)
 bench-engine: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.engine
+
+proto: $(READY)
+	cd limaml/serving/protocol && $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=messages.binpb \
+		open_inference.proto health.proto
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache
