@@ -23,7 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from limaml.errors import ConfigError, DataError
 from limaml.interactions.atomic_files import file_sha256, locked
@@ -34,7 +36,7 @@ from limaml.interactions.log_manifest import Append, File, Manifest, read_manife
 from limaml.interactions.log_sources import batches, plain, refuse
 from limaml.interactions.tombstones import Tombstone, named, read_tombstones, write_tombstones
 
-__all__ = ["Appended", "Compacted", "InteractionLog", "task_bucket"]
+__all__ = ["APPEND", "Appended", "Compacted", "InteractionLog", "task_bucket"]
 
 BATCH_ROWS = 1_000_000  # rows of a file that are in memory at once while it is appended
 WAIT_S = 60.0
@@ -191,7 +193,6 @@ class InteractionLog:
         whole, known = isinstance(source, pl.DataFrame), self._files.schema(manifest.files)
         what = "the frame" if whole else str(source)
         taken = positions is not None and self._taken(manifest, positions)
-        tombstones = read_tombstones(self._forgotten_path)
         digest, files, rows, dropped = ContentDigest(), list[File](), 0, 0
         number, types = manifest.last + 1, dict(manifest.types)
         for raw in batches(source, batch_rows, known):
@@ -204,7 +205,7 @@ class InteractionLog:
                     break  # a file's digest is known only at its end, when most of it has been written
             if taken or not frame.height:
                 continue
-            kept = frame.filter(~named(frame, tombstones)) if tombstones else frame
+            kept = self.unforgotten(frame)
             dropped += frame.height - kept.height
             if positions is not None:
                 files.append(self._files.write(kept, None, number, number))
@@ -261,15 +262,29 @@ class InteractionLog:
 
         return self._steadily(read).drop(APPEND, strict=False)
 
-    def buckets(self) -> Iterator[tuple[int, pl.DataFrame]]:
-        """Each bucket's number and rows, one bucket in memory at a time. Empty buckets come too, with their columns."""
-        through = self.position
+    def buckets(self, *, through: int | None = None, numbered: bool = False) -> Iterator[tuple[int, pl.DataFrame]]:
+        """Each bucket's number and rows, one bucket in memory at a time. Empty buckets come too, with their columns.
+
+        `through`: only appends up to this one (default: the newest now). `numbered`: with the number of each row's append
+        in the column `APPEND`.
+        """
+        end = self.position if through is None else through
         for bucket in range(self.bucket_count):
 
             def read(manifest: Manifest, bucket: int = bucket) -> pl.DataFrame:
-                return self._frame(manifest, buckets={bucket}, through=through)
+                return self._frame(manifest, buckets={bucket}, through=end)
 
-            yield bucket, self._steadily(read).drop(APPEND, strict=False)
+            frame = self._steadily(read)
+            yield bucket, frame if numbered else frame.drop(APPEND, strict=False)
+
+    def bucket_of(self, frame: pl.DataFrame) -> NDArray[np.uint32]:
+        """The bucket `[rows]` of each row of `frame`."""
+        return self._files.bucket_of(frame)
+
+    def unforgotten(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The rows of `frame` that are not of a forgotten task."""
+        tombstones = read_tombstones(self._forgotten_path)
+        return frame.filter(~named(frame, tombstones)) if tombstones else frame
 
     def since(self, position: int) -> Iterator[tuple[int, pl.DataFrame]]:
         """Number and rows of each append after append `position`, oldest first; only files that hold them are read.
