@@ -8,8 +8,9 @@ server (XINFO GROUPS) sees the lag.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from limaml.errors import ConfigError, require
@@ -59,7 +60,7 @@ class RedisSource:
         settings |= options or {}
         if not cluster:
             settings["retry"] = self._redis.retry.Retry(self._redis.backoff.NoBackoff(), 0)
-        self._make = lambda: make.from_url(url, **settings)
+        self._make: Callable[[], Any] = partial(make.from_url, url, **settings)
         self._client: Any = None
         self._shown = f"the stream '{key}' on {url.rpartition('@')[2].rpartition('//')[2]}"
         self._at = 0

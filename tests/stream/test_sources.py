@@ -47,6 +47,12 @@ def drain(source: Source, count: int, limit: int = 1000) -> list[Event]:
     return found
 
 
+def fetch_until_it_fails(source: Source) -> None:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        source.fetch(10, 0.2)
+
+
 def payloads(start: int, stop: int) -> list[bytes]:
     return [f'{{"n": {number}}}'.encode() for number in range(start, stop)]
 
@@ -170,10 +176,8 @@ def test_a_server_that_is_gone_is_said_and_one_that_is_back_is_read(server: Brok
     with opened(server) as source:
         events = drain(source, 4)
         server.kill()
-        with pytest.raises(SourceDown, match="answer|connection"):
-            until = time.monotonic() + 20
-            while time.monotonic() < until:
-                source.fetch(10, 0.2)
+        with pytest.raises(SourceDown, match=r"answer|connection"):
+            fetch_until_it_fails(source)
     if not server.keeps:
         return
     server.start()
