@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from cyclopts import App, CycloptsError
 from rich.logging import RichHandler
 
+from limaml.cli.check_served import check_served_command
 from limaml.cli.compare import compare_command
 from limaml.cli.console import errors
 from limaml.cli.data import data_app
@@ -24,6 +25,7 @@ from limaml.cli.score import score_command
 from limaml.cli.store import store_app
 from limaml.cli.train import train_command
 from limaml.cli.tune import tune_command
+from limaml.cli.windows import windows_app
 from limaml.errors import LimamlError
 
 __all__ = ["app", "main"]
@@ -59,7 +61,9 @@ app.command(refresh_command, name="refresh")
 app.command(score_command, name="score")
 app.command(recommend_command, name="recommend")
 app.command(export_command, name="export")
+app.command(check_served_command, name="check-served")
 app.command(store_app)
+app.command(windows_app)
 app.command(demo_command, name="demo")
 
 
