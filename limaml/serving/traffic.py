@@ -1,0 +1,144 @@
+"""A second version on live traffic: a share of the members (split), or all of it unseen (shadow).
+
+A split is sticky: which version a member sees depends on the member's key and the shares alone, on every server and after
+every restart. Raising a share moves members to the version whose share was raised, and no others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from limaml.errors import ConfigError
+from limaml.serving.tensors import InferRequest, InferResponse, Refused
+
+__all__ = ["Shadow", "Split", "parse_split"]
+
+logger = logging.getLogger("limaml.serving.traffic")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Version → share of the members, in the order given; the rest see the version that is current."""
+
+    shares: tuple[tuple[str, float], ...] = ()
+
+    def of(self, keys: Sequence[str]) -> str | None:
+        """The version for a request that names the tasks `keys`; None: the current one.
+
+        All rows of a request are answered from one version. One that names members of several sides gets the current
+        version: it would show some of them another than the one they see.
+        """
+        found = {self._of(key) for key in keys}
+        return found.pop() if len(found) == 1 else None
+
+    def _of(self, key: str) -> str | None:
+        place = _place(key)
+        for version, share in self.shares:
+            if place < share:
+                return version
+            place -= share
+        return None
+
+
+def _place(key: str) -> float:
+    """A number in [0, 1) that a key has everywhere."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, person=b"limaml split").digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def parse_split(options: Sequence[str]) -> Split:
+    """`VERSION=SHARE` of each option; `ConfigError` names what is wrong with one."""
+    shares: dict[str, float] = {}
+    for option in options:
+        version, equals, text = option.rpartition("=")
+        try:
+            share = float(text)
+        except ValueError:
+            share = -1.0
+        if not equals or not version or not 0 < share <= 1:
+            raise ConfigError(
+                f"--split {option} is no version and its share of the members. Write --split VERSION=0.1, the share above 0 "
+                "and at most 1; limaml store list names the versions."
+            )
+        if version in shares:
+            raise ConfigError(f"--split names the version {version} twice; give it one share.")
+        shares[version] = share
+    if sum(shares.values()) > 1 + 1e-9:
+        raise ConfigError(f"The shares of --split add up to {sum(shares.values()):g}; they may be 1 together at most.")
+    return Split(tuple(shares.items()))
+
+
+class Shadow:
+    """Scores requests with a second version after they were answered, and reports how far off it is.
+
+    No answer waits for it: a request's copy is scored when nothing else is (`busy` says whether something is), `most` of
+    them wait at the most, and one that has waited `patience` seconds is given up. `observe` is called with what became of
+    each: "scored" and the absolute differences of all its floating outputs, or "dropped" or "failed" and nothing.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        infer: Callable[[InferRequest], Awaitable[InferResponse]],
+        observe: Callable[[str, NDArray[np.float64]], None],
+        *,
+        busy: Callable[[], bool] = lambda: False,
+        most: int = 16,
+        patience: float = 5.0,
+    ) -> None:
+        self.version, self._infer, self._observe, self._busy = version, infer, observe, busy
+        self._most, self._patience = most, patience
+        self._running: set[asyncio.Task[None]] = set()
+
+    def after(self, request: InferRequest, response: InferResponse) -> None:
+        """Take note of an answered request; returns at once."""
+        if response.version == self.version:
+            return
+        if len(self._running) >= self._most:
+            self._observe("dropped", np.zeros(0))
+            return
+        task = asyncio.get_running_loop().create_task(self._score(request, response))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _score(self, request: InferRequest, response: InferResponse) -> None:
+        try:
+            async with asyncio.timeout(self._patience):
+                while self._busy():
+                    await asyncio.sleep(0.001)
+                other = await self._infer(replace(request, version=self.version))
+        except TimeoutError:
+            self._observe("dropped", np.zeros(0))
+        except Refused as refusal:
+            logger.info("Version %s refuses a request in the shadow: %s", self.version, refusal.message)
+            self._observe("failed", np.zeros(0))
+        except Exception:
+            logger.exception("Version %s failed in the shadow.", self.version)
+            self._observe("failed", np.zeros(0))
+        else:
+            self._observe("scored", differences(response, other))
+
+    async def close(self) -> None:
+        """Give up what waits."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def differences(one: InferResponse, other: InferResponse) -> NDArray[np.float64]:
+    """|difference| of every number in the floating outputs that both have, of the same shape."""
+    outputs = {tensor.name: tensor.data for tensor in other.outputs}
+    found = [
+        np.abs(tensor.data.astype(np.float64) - outputs[tensor.name].astype(np.float64)).reshape(-1)
+        for tensor in one.outputs
+        if tensor.data.dtype.kind == "f" and tensor.name in outputs and outputs[tensor.name].shape == tensor.shape
+    ]
+    return np.concatenate(found) if found else np.zeros(0)
