@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from limaml.config import Config
-from limaml.embeddings.features import feature_width, features_type, unpack_features
 from limaml.errors import DataError
-from limaml.interactions import Encoder, split_key, task_keys
+from limaml.interactions import Encoder, split_key
 from limaml.meta.model import MetaModel
 from limaml.meta.saved import TrainedModel, load_model
+from limaml.serving.columns import columns_of
+from limaml.serving.scoring import Scorer
 from limaml.store.contract import Reader, Store
-from limaml.types import ROW, Features, Interactions
 
 __all__ = ["Predictor", "Scores"]
+
+ROWS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,27 @@ class Scores:
     version: str
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Rows ready to be scored, with the embeddings of their tasks: all from one version."""
+class _Looked:
+    """Some rows with the embeddings of their tasks, all from one version."""
 
-    model: MetaModel
-    data: Interactions
-    personal: Mapping[str, Tensor]  # task type → [tasks, dim]; cold where the store does not know the task
-    cold: Mapping[str, Tensor]
-    known: NDArray[np.bool_]
-    version: str
+    def __init__(self, scorer: Scorer, reader: Reader, frame: pl.DataFrame) -> None:
+        self.scorer, self.version = scorer, reader.version
+        self.asked = scorer.ask(columns_of(frame, scorer.columns), frame.height)
+        self.entries = scorer.look_up(reader, [self.asked])
 
-    def scores(self, embeddings: Mapping[str, Tensor]) -> Scores:
-        logits = self.model.predict(self.data, torch.arange(len(self.data)), embeddings)
-        predictions = self.model.losses.predictions(logits)
-        return Scores(logits.float().numpy(), predictions.float().numpy(), self.known, self.version)
+    def scores(self, personal: bool = True) -> Scores:
+        model, entries = self.scorer.model, self.entries
+        cold = (
+            {task: self.scorer.cold(task, one.table, torch.arange(len(one.keys))) for task, one in entries.items()}
+            if not personal
+            else None
+        )
+        logits = self.scorer.logits([self.asked], entries, cold)
+        predictions = model.losses.predictions(logits)
+        known = np.ones(self.asked.rows, dtype=np.bool_)
+        for one in entries.values():
+            known &= one.found[one.owner.numpy()]
+        return Scores(logits.float().numpy(), predictions.float().numpy(), known, self.version)
 
 
 class Predictor:
@@ -67,13 +74,13 @@ class Predictor:
     ) -> None:
         self.store, self.name, self._pinned, self._build = store, name, version, build
         self._reader: Reader | None = None
-        self._trained: TrainedModel | None = None
+        self._scorer: Scorer | None = None
         self._open()
 
-    def _open(self) -> tuple[Reader, TrainedModel]:
+    def _open(self) -> tuple[Reader, Scorer]:
         """The reader and the model of the version to serve; reopened if the pointer has moved."""
         wanted = self._pinned or self.store.current(self.name)
-        if self._reader is None or self._trained is None or self._reader.version != wanted:
+        if self._reader is None or self._scorer is None or self._reader.version != wanted:
             reader = self.store.read(self.name, wanted)
             artifact = self.store.describe(self.name, reader.version).artifact
             if artifact is None:
@@ -81,17 +88,17 @@ class Predictor:
                 raise DataError(
                     f"Version {reader.version} of '{self.name}' keeps no model; publish it with limaml embed."
                 )
-            if self._trained is None or self._trained.digest != artifact:
-                self._trained = load_model(self.store.model_path(artifact), self._build)
+            if self._scorer is None or self._scorer.trained.digest != artifact:
+                self._scorer = Scorer(load_model(self.store.model_path(artifact), self._build))
             if self._reader is not None:
                 self._reader.close()
             self._reader = reader
-        return self._reader, self._trained
+        return self._reader, self._scorer
 
     @property
     def trained(self) -> TrainedModel:
         """The model of the version that is served."""
-        return self._open()[1]
+        return self._open()[1].trained
 
     @torch.no_grad()
     def score(self, frame: pl.DataFrame, *, personal: bool = True) -> Scores:
@@ -100,63 +107,19 @@ class Predictor:
         Columns of task features may be left out: the store knows those of the tasks it knows. A task that the store does
         not know gets the cold embedding of the features it came with. `personal=False` scores every row that way.
         """
-        asked = self._ask(frame)
-        return asked.scores(asked.personal if personal else asked.cold)
-
-    def _ask(self, frame: pl.DataFrame) -> _Asked:
-        """Encode the rows and look their tasks up, once, in one version."""
-        reader, trained = self._open()
-        encoder, model, n = trained.encoder, trained.model, frame.height
-        sides: dict[str, Features] = {ROW: encoder.encode_features(frame, ROW)}
-        index: dict[str, Tensor] = {ROW: torch.arange(n)}
-        ids: dict[str, list[str]] = {}
-        stored: dict[str, tuple[Tensor, NDArray[np.bool_]]] = {}
-        known = np.ones(n, dtype=np.bool_)
-        for task in encoder.schema.tasks:
-            keys, codes = task_keys(frame, task)
-            ids[task.name], index[task.name] = keys, torch.from_numpy(codes)
-            sides[task.name], z, found = self._look_up(reader, trained, task.name, keys, codes, frame)
-            stored[task.name] = z, found
-            known &= found[codes]
-        heads = model.losses.heads
-        data = Interactions(sides, index, ids, torch.zeros(n, heads), torch.ones(n), torch.zeros(n, dtype=torch.int64))
-        cold = {task: model.cold(data, task, torch.arange(len(keys))) for task, keys in ids.items()}
-        personal = {
-            task: torch.where(torch.from_numpy(found)[:, None], z.to(cold[task].dtype), cold[task])
-            for task, (z, found) in stored.items()
-        }
-        return _Asked(model, data, personal, cold, known, reader.version)
-
-    def _look_up(
-        self,
-        reader: Reader,
-        trained: TrainedModel,
-        task: str,
-        keys: list[str],
-        codes: NDArray[np.int64],
-        frame: pl.DataFrame,
-    ) -> tuple[Features, Tensor, NDArray[np.bool_]]:
-        """Features, embeddings `[keys, dim]` and whether the store knows them `[keys]`."""
-        found = reader.get(task, keys)
-        encoder = trained.encoder
-        columns = {feature.column for feature in encoder.schema.features if feature.side == task}
-        if not columns:
-            features: Features = {}
-        elif columns <= set(frame.columns):
-            first = np.full(len(keys), -1, dtype=np.int64)
-            first[codes[::-1]] = np.arange(len(codes))[::-1]
-            features = encoder.encode_features(frame[first.tolist()], task)
-        else:
-            features = self._stored_features(reader, encoder, task, keys)
-        return features, torch.from_numpy(np.array(found.vectors)), np.asarray(found.found)
-
-    @staticmethod
-    def _stored_features(reader: Reader, encoder: Encoder, task: str, keys: list[str]) -> Features:
-        """The features that were published with the tasks; "unknown" ones for a task that was not."""
-        if not feature_width(encoder.specs, task):
-            return {}
-        stored = reader.get(features_type(task), keys, fill=True)
-        return unpack_features(stored.vectors, encoder.specs, task)
+        reader, scorer = self._open()
+        found = [
+            _Looked(scorer, reader, piece).scores(personal)
+            for piece in (frame.iter_slices(ROWS_AT_ONCE) if frame.height > ROWS_AT_ONCE else (frame,))
+        ]
+        if len(found) == 1:
+            return found[0]
+        return Scores(
+            np.concatenate([one.logits for one in found]),
+            np.concatenate([one.predictions for one in found]),
+            np.concatenate([one.known for one in found]),
+            reader.version,
+        )
 
     @torch.no_grad()
     def recommend(self, key: str | int, candidates: pl.DataFrame, top: int = 10, *, head: int = 0) -> pl.DataFrame:
@@ -175,8 +138,9 @@ class Predictor:
         asked = candidates.with_columns(
             [pl.lit(part).alias(column) for part, column in zip(parts, task.columns, strict=True)]
         )
-        answer = self._ask(asked)
-        personal, cold = answer.scores(answer.personal), answer.scores(answer.cold)
+        reader, scorer = self._open()
+        looked = _Looked(scorer, reader, asked)
+        personal, cold = looked.scores(), looked.scores(personal=False)
 
         def rank(scores: NDArray[np.float32]) -> NDArray[np.int64]:
             place = np.empty(len(scores), dtype=np.int64)

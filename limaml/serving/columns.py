@@ -1,0 +1,231 @@
+"""Named columns of a request, and the look-ups that turn them into encoded features.
+
+A `Column` is what a tensor, a list out of JSON and a polars series have in common: values, one per row or one for all,
+and what polars would call their type. `Lookups` gives each feature exactly what `Encoder.encode_features` gives it; what
+it has encoded once it remembers, so that a request costs a dictionary access per value and not a query plan per feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from limaml.errors import DataError
+from limaml.interactions.codecs import Codec, Scaling, encode_values
+from limaml.interactions.columns import canonical_text, missing_column
+from limaml.interactions.encode import Encoder
+from limaml.interactions.keys import join_key
+from limaml.interactions.schema import Feature, Task
+from limaml.types import FeatureKind, Features
+
+__all__ = ["Column", "Lookup", "Lookups", "columns_of", "keys_of"]
+
+REMEMBERED = 200_000
+"""Distinct values of a feature that are kept encoded; beyond that it is begun anew."""
+
+
+class Column:
+    """Values `[n]`, or `[1]` for all rows alike. `kind` names their type: only values of one kind are compared."""
+
+    def __init__(self, dtype: pl.DataType, values: list[Any] | None = None, array: NDArray[Any] | None = None) -> None:
+        self.dtype, self._values, self.array = dtype, values, array
+        self.kind = str(dtype)
+
+    @classmethod
+    def of_array(cls, data: NDArray[Any]) -> Column:
+        """Of an array `[n]` of numbers, Booleans or `bytes` (UTF-8), or `[n, width]` of lists of them."""
+        if data.dtype.hasobject:
+            texts = [value.decode() for value in data.reshape(-1).tolist()]
+            dtype: pl.DataType = pl.String()
+            values: list[Any] | None = texts if data.ndim == 1 else np.array(texts, object).reshape(data.shape).tolist()
+            array = None
+        else:
+            kind = data.dtype.kind
+            wide = kind == "u" and data.dtype.itemsize == 8
+            dtype = {"b": pl.Boolean(), "f": pl.Float64()}.get(kind, pl.UInt64() if wide else pl.Int64())
+            values, array = None, data
+        return cls(dtype if data.ndim == 1 else pl.List(dtype), values, array)
+
+    @classmethod
+    def of_series(cls, series: pl.Series) -> Column:
+        dtype = series.dtype
+        if dtype.is_integer():
+            dtype = pl.UInt64() if dtype == pl.UInt64 else pl.Int64()
+        elif dtype.is_float():
+            dtype, series = pl.Float64(), series.cast(pl.Float64)
+        elif isinstance(dtype, pl.Categorical | pl.Enum):
+            dtype, series = pl.String(), series.cast(pl.String)
+        if dtype.is_numeric() and not dtype.is_decimal() and not series.null_count():
+            return cls(dtype, array=series.to_numpy())
+        return cls(dtype, series.to_list())
+
+    def __len__(self) -> int:
+        return len(self._values) if self.array is None and self._values is not None else len(self._array)
+
+    @property
+    def _array(self) -> NDArray[Any]:
+        assert self.array is not None
+        return self.array
+
+    @cached_property
+    def values(self) -> list[Any]:
+        return self._array.tolist() if self._values is None else self._values
+
+    @cached_property
+    def keys(self) -> Sequence[Hashable]:
+        """The values so that equal ones are equal: lists as tuples, NaN as None."""
+        values = self.values
+        if self.dtype.is_nested():
+            return [None if value is None else tuple(value) for value in values]
+        if self.dtype.is_float():
+            return [None if value != value else value for value in values]
+        return values
+
+    def series(self, values: Sequence[Any] | None = None) -> pl.Series:
+        return pl.Series(self.values if values is None else values, dtype=self.dtype)
+
+    def repeated(self, rows: int) -> Column:
+        """For `rows` rows, where it is one value for all."""
+        if len(self) == rows:
+            return self
+        array = None if self.array is None else np.repeat(self.array, rows, axis=0)
+        return Column(self.dtype, None if self._values is None else self._values * rows, array)
+
+    def first(self, rows: Sequence[int]) -> Column:
+        """The column of some of its rows."""
+        if self.array is not None:
+            return Column(self.dtype, array=self.array[list(rows)])
+        return Column(self.dtype, [self.values[row] for row in rows])
+
+
+def columns_of(frame: pl.DataFrame, names: set[str]) -> dict[str, Column]:
+    """The columns of a frame that are among `names`."""
+    return {name: Column.of_series(frame[name]) for name in frame.columns if name in names}
+
+
+class Lookup:
+    """One feature's encoded values, by value."""
+
+    def __init__(self, feature: Feature, codec: Codec) -> None:
+        self.feature, self.codec = feature, codec
+        self.is_id = feature.is_id
+        self._known: dict[str, dict[Hashable, Any]] = {}
+
+    def check(self, column: Column) -> None:
+        """Raise `DataError` if the feature cannot be read from a column of this type."""
+        if column.kind not in self._known:
+            encode_values(self.feature, self.codec, column.series([]))
+            self._known[column.kind] = {}
+
+    def encode(self, column: Column) -> Tensor:
+        """Encoded values `[len(column), …]`, as `Encoder.encode_features` has them."""
+        if isinstance(self.codec, Scaling):
+            return self._scale(self.codec, column)
+        self.check(column)
+        known, keys = self._known[column.kind], column.keys
+        found = list(map(known.get, keys))
+        if None in found:
+            missing = list(dict.fromkeys(key for key, ids in zip(keys, found, strict=True) if ids is None))
+            fresh = encode_values(self.feature, self.codec, column.series(missing)).tolist()
+            answers = dict(zip(missing, fresh, strict=True))
+            if len(known) + len(missing) > REMEMBERED:
+                known.clear()
+            if len(missing) <= REMEMBERED:
+                known.update(answers)
+            found = [answers[key] if ids is None else ids for key, ids in zip(keys, found, strict=True)]
+        shape = (len(found),) if self.feature.kind is FeatureKind.CATEGORICAL else (len(found), self.feature.length)
+        return torch.from_numpy(np.array(found, dtype=np.int64).reshape(shape))
+
+    def _scale(self, codec: Scaling, column: Column) -> Tensor:
+        array = column.array
+        if array is None or column.dtype.is_nested() != (self.feature.kind is FeatureKind.VECTOR):
+            return encode_values(self.feature, codec, column.series())
+        numbers = (array[:, None] if array.ndim == 1 else array).astype(np.float64)
+        if numbers.shape[1] != len(codec.mean):
+            raise DataError(
+                f"Feature '{self.feature.name}' reads column '{self.feature.column}' as a dense vector of width "
+                f"{len(codec.mean)}, and finds one of width {numbers.shape[1]}."
+            )
+        return torch.from_numpy(codec.scale(numbers))
+
+
+class Lookups:
+    """The look-ups of an encoder, side by side."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.schema = encoder.schema
+        self._of: dict[str, list[Lookup]] = {}
+        for feature in encoder.schema.features:
+            self._of.setdefault(feature.side, []).append(Lookup(feature, encoder.codecs[feature.name]))
+
+    def on(self, side: str) -> Sequence[Lookup]:
+        return self._of.get(side, ())
+
+    def check(self, columns: Mapping[str, Column], side: str) -> None:
+        """Raise `DataError` where a column of `side` is missing, or of a type that its feature cannot be read from."""
+        problems = []
+        for lookup in self.on(side):
+            feature = lookup.feature
+            if feature.column not in columns:
+                problems.append(missing_column(feature.column, f"feature '{feature.name}'", list(columns)))
+            else:
+                lookup.check(columns[feature.column])
+        if problems:
+            raise DataError("\n".join(problems))
+
+    def features(self, columns: Mapping[str, Column], side: str) -> Features:
+        """The features of `side`, `[n, …]`."""
+        return {lookup.feature.name: lookup.encode(columns[lookup.feature.column]) for lookup in self.on(side)}
+
+
+def keys_of(columns: Mapping[str, Column], task: Task) -> tuple[list[str], NDArray[np.int64], list[int]]:
+    """The distinct keys of `task` in order of first appearance; for each row which of them it has, `[n]` or, where
+    one stands for all rows, `[1]`; and the row in which each stands first. As `task_keys` has them.
+
+    Raises `DataError` where a key column is missing, holds no value, or holds something that cannot name a task.
+    """
+    problems = [
+        missing_column(column, f"part of the key of task '{task.name}'", list(columns))
+        for column in task.columns
+        if column not in columns
+    ]
+    if problems:
+        raise DataError("\n".join(problems))
+    given = [columns[name] for name in task.columns]
+    rows = max(map(len, given))
+    texts = [_texts(column.repeated(rows), name, task) for name, column in zip(task.columns, given, strict=True)]
+    named = texts[0] if len(texts) == 1 else [join_key(parts) for parts in zip(*texts, strict=True)]
+    place: dict[str, int] = {}
+    first: list[int] = []
+    codes = np.empty(len(named), np.int64)
+    for row, key in enumerate(named):
+        code = codes[row] = place.setdefault(key, len(place))
+        if code == len(first):
+            first.append(row)
+    return list(place), codes, first
+
+
+def _texts(column: Column, name: str, task: Task) -> list[str]:
+    """Each value as canonical text."""
+    if column.dtype.is_nested() or column.dtype == pl.Binary:
+        raise DataError(f"Column '{name}' is of type {column.dtype} and cannot name a task; use numbers or text.")
+    texts: list[str | None]
+    if column.array is not None and column.dtype.is_integer():
+        texts = list(map(str, column.values))
+    elif column.dtype == pl.String:
+        texts = column.values
+    else:
+        texts = canonical_text(column.series()).to_list()
+    if None in texts:
+        raise DataError(
+            f"Column '{name}' names no '{task.name}' in row {texts.index(None)} (rows count from 0). Remove the rows without "
+            "a task key, or give them one."
+        )
+    return [text for text in texts if text is not None]

@@ -1,0 +1,104 @@
+"""What a cut global block makes of the ids of a row, kept by the ids: an item is encoded when it is first asked for.
+
+Numbers of a row stay out of the key, for they may differ in every request; their share is computed anew and added, as
+the parts of a cut block are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from limaml.meta.scorer import gather_parts
+from limaml.serving.columns import Column
+from limaml.types import Parts
+
+__all__ = ["RowCache"]
+
+KEY_BYTES = 256
+"""What a key takes, about: a tuple, its values, its entry in the dictionary."""
+
+_FIRST = 1024
+
+
+class RowCache:
+    """Parts `[…]` of the rows seen, by the values of `names`, in at most `limit` bytes; then it begins anew.
+
+    `encode` makes the parts `[m, …]` of `m` rows out of their columns `[m]`.
+    """
+
+    def __init__(self, names: Sequence[str], encode: Callable[[Mapping[str, Column]], Parts], limit: int) -> None:
+        self.names, self._encode, self.limit = tuple(names), encode, limit
+        self._place: dict[tuple[str, ...], dict[Hashable, int]] = {}
+        self._kept: Parts = ()
+        self._used = self._capacity = 0
+        self._row_bytes = 0
+        self._lock = threading.Lock()
+        self.hits = self.misses = 0
+
+    @property
+    def bytes(self) -> int:
+        return self._used * self._row_bytes
+
+    def parts(self, asked: Sequence[tuple[Mapping[str, Column], int]]) -> Parts:
+        """Parts of the rows of several requests, one after the other: each its columns, and its number of rows."""
+        with self._lock:
+            return self._parts([one for one in asked if one[1]])
+
+    def _parts(self, asked: Sequence[tuple[Mapping[str, Column], int]]) -> Parts:
+        rows = sum(count for _, count in asked)
+        if self._row_bytes and (self._used + rows) * self._row_bytes > self.limit:
+            if rows * self._row_bytes > self.limit:
+                return self._past(asked)
+            self._place.clear()
+            self._used = 0
+        places = [self._places(columns, count) for columns, count in asked]
+        index = places[0] if len(places) == 1 else np.concatenate(places)
+        return gather_parts(self._kept, torch.from_numpy(index))
+
+    def _past(self, asked: Sequence[tuple[Mapping[str, Column], int]]) -> Parts:
+        """More rows than are ever kept."""
+        found = [self._encode({name: columns[name].repeated(count) for name in self.names}) for columns, count in asked]
+        return tuple(
+            None if slot[0] is None else torch.cat([part for part in slot if part is not None])
+            for slot in zip(*found, strict=True)
+        )
+
+    def _places(self, columns: Mapping[str, Column], rows: int) -> NDArray[np.int64]:
+        given = [columns[name] for name in self.names]
+        known = self._place.setdefault(tuple(column.kind for column in given), {})
+        listed = [column.keys if len(column) == rows else [column.keys[0]] * rows if rows else [] for column in given]
+        keys: Sequence[Hashable] = listed[0] if len(listed) == 1 else list(zip(*listed, strict=True))
+        found = list(map(known.get, keys))
+        if None in found:
+            fresh = {key: row for row, key in reversed(list(enumerate(keys))) if found[row] is None}
+            order = sorted(fresh.values())
+            self._keep({name: columns[name].repeated(rows).first(order) for name in self.names}, len(order))
+            for place, row in enumerate(order, start=self._used - len(order)):
+                known[keys[row]] = place
+            self.misses += len(order)
+            found = list(map(known.get, keys))
+        self.hits += rows
+        return np.array(found, dtype=np.int64)
+
+    def _keep(self, columns: Mapping[str, Column], count: int) -> None:
+        fresh = self._encode(columns)
+        if not self._row_bytes:
+            self._row_bytes = KEY_BYTES + sum(
+                part[0].numel() * part.element_size() for part in fresh if part is not None
+            )
+        if self._used + count > self._capacity or not self._kept:
+            self._capacity = max(_FIRST, 2 * self._capacity, self._used + count)
+            grown = tuple(None if part is None else part.new_empty(self._capacity, *part.shape[1:]) for part in fresh)
+            for new, old in zip(grown, self._kept, strict=False):
+                if new is not None and old is not None:
+                    new[: self._used] = old[: self._used]
+            self._kept = grown
+        for kept, part in zip(self._kept, fresh, strict=True):
+            if kept is not None and part is not None:
+                kept[self._used : self._used + count] = part
+        self._used += count
