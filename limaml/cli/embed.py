@@ -13,6 +13,7 @@ from limaml.cli.workspace import MODEL_NAME, Workspace
 from limaml.embeddings import publish
 from limaml.embeddings.features import task_of
 from limaml.embeddings.publish import dims_of
+from limaml.embeddings.refresher import log_position
 
 __all__ = ["embed_command"]
 
@@ -39,7 +40,9 @@ def embed_command(
     """
     place = Workspace(folder)
     trained = place.trained
-    frame, dropped = place.joined(place.log(place.schema).read())
+    log = place.log(place.schema)
+    position = log.position
+    frame, dropped = place.joined(log.read(through=position))
     say([dropped] if dropped else [])
     data = trained.encoder.encode(frame)
     dims = dims_of(trained, uncertainty)
@@ -57,6 +60,7 @@ def embed_command(
                 dtype=dtype,
                 note=note,
                 uncertainty=uncertainty,
+                extra=log_position(log, position),
                 progress=progress,
             )
         expired = opened.expire(MODEL_NAME, keep)

@@ -7,6 +7,7 @@ DIR/log/                 all interactions, as they were read, each source once
 DIR/side/*.parquet       side tables, as they were read; side/tables.json names their keys
 DIR/candidates.parquet   the latest features of every row id: what `recommend` ranks
 DIR/store/               the embedded store
+DIR/windows/             each task's last interactions, packed: derived from the log, made again where they are missing
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import yaml
 
 from limaml.cli.align import aligned
 from limaml.config import Config
+from limaml.embeddings.refresher import Refresher
+from limaml.embeddings.windows import Layout, Windows
 from limaml.errors import ConfigError, DataError, StoreError
 from limaml.interactions import InteractionLog, Prepared, Schema, clean, join_tables, read_table
 from limaml.interactions.digest import content_digest
 from limaml.interactions.log_manifest import read_manifest
+from limaml.interactions.side_tables import SideTables
 from limaml.meta import TrainedModel, load_model
 from limaml.store import Store, open_store
 from limaml.types import ROW
@@ -180,6 +184,19 @@ class Workspace:
                 f"{self.folder} has no store yet: nothing was published from it. Type: limaml embed {self.folder}"
             )
         return open_store(address or self.folder / "store", create=create)
+
+    def windows(self) -> Windows:
+        """Each task's recent interactions, as the run's own model needs them. To be closed."""
+        layout = Layout.of(self.schema, self.trained.model.adaptation.max_support)
+        return Windows(self.folder / "windows", self.log(self.schema), layout)
+
+    def refresher(self, store: Store, address: str | None = None, version: str | None = None) -> Refresher:
+        """What keeps the versions in `store`, opened at `address`, fresh from the log. To be closed."""
+        side = SideTables(self.folder / "side")
+        where = address or str((self.folder / "store").resolve())
+        return Refresher(
+            store, MODEL_NAME, self.log(self.schema), self.folder / "windows", side, where=where, version=version
+        )
 
 
 def _latest_rows(frame: pl.DataFrame, schema: Schema, columns: list[str]) -> pl.DataFrame:

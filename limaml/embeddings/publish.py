@@ -58,6 +58,7 @@ def publish(
     dtype: str = "float32",
     note: str = "",
     uncertainty: bool = False,
+    extra: Mapping[str, object] | None = None,
     tasks_per_put: int = 65536,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Published:
@@ -66,7 +67,8 @@ def publish(
     The version holds the meta embeddings, the tasks' own features, a cold embedding for unknown ids, and a copy of the
     model `folder`: all that scoring needs. With `uncertainty` (solver newton) also the factor of each task's posterior,
     all that Thompson sampling needs. Readers see the old version until all is written and verified.
-    `progress` is called with (task type, tasks done, tasks in all).
+    `extra` is kept with the version; `log_position` says there which part of a log it holds. `progress` is called with (task
+    type, tasks done, tasks in all).
     """
     model, specs = trained.model, trained.encoder.specs
     if among is None:
@@ -85,7 +87,7 @@ def publish(
         artifact=digest,
         watermark=watermark_of(data, among),
         note=note,
-        extra={"time_unit": data.time_unit},
+        extra={"time_unit": data.time_unit, **(extra or {})},
     ) as publication:
         for task in model.tasks:
             total = data.count(task)
