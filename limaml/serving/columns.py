@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from limaml.errors import DataError
-from limaml.interactions.codecs import Codec, Scaling, encode_values
+from limaml.interactions.codecs import Codec, Scaling, Vocabulary, encode_values
 from limaml.interactions.columns import canonical_text, missing_column
 from limaml.interactions.encode import Encoder
 from limaml.interactions.keys import join_key
@@ -118,6 +118,13 @@ class Lookup:
         self.is_id = feature.is_id
         self._known: dict[str, dict[Hashable, Any]] = {}
 
+    @property
+    def datatype(self) -> str:
+        """The protocol's datatype that an id feature's values are best sent in."""
+        if isinstance(self.codec, Vocabulary) and self.feature.kind is FeatureKind.CATEGORICAL:
+            return {"integer": "INT64", "float": "FP64", "text": "BYTES"}[self.codec.kind]
+        return "BYTES"
+
     def check(self, column: Column) -> None:
         """Raise `DataError` if the feature cannot be read from a column of this type."""
         if column.kind not in self._known:
@@ -167,6 +174,15 @@ class Lookups:
 
     def on(self, side: str) -> Sequence[Lookup]:
         return self._of.get(side, ())
+
+    def has_negative(self, column: str) -> bool:
+        """Whether training has seen a negative integer in a column of ids."""
+        return any(
+            isinstance(lookup.codec, Vocabulary) and lookup.codec.kind == "integer" and lookup.codec.values[:1] < (0,)
+            for lookups in self._of.values()
+            for lookup in lookups
+            if lookup.feature.column == column and lookup.codec.size > 2
+        )
 
     def check(self, columns: Mapping[str, Column], side: str) -> None:
         """Raise `DataError` where a column of `side` is missing, or of a type that its feature cannot be read from."""

@@ -176,6 +176,12 @@ class Scorer:
         self, asked: Sequence[Asked], entries: Mapping[str, Entries], embeddings: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Logits `[n, heads]` of all rows of a batch; `embeddings` (task type → `[k, dim]`) in place of the entries'."""
+        return self.differentiable(asked, entries, embeddings)
+
+    def differentiable(
+        self, asked: Sequence[Asked], entries: Mapping[str, Entries], embeddings: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """`logits`, for who needs their slopes by the embeddings."""
         block, rows = self.model.global_block, sum(one.rows for one in asked)
         if not rows:
             return torch.zeros(0, self.model.losses.heads, dtype=self.model.dtype)
@@ -231,6 +237,7 @@ class Scorer:
             features[lookup.feature.name] = values if len(values) == rows else values.expand(rows, *values.shape[1:])
         return features
 
+    @torch.no_grad()
     def _encode_ids(self, columns: Mapping[str, Column]) -> Parts:
         """What the block makes of the id features of some rows."""
         block = self.model.global_block

@@ -1,35 +1,526 @@
-"""The service: requests in, scores of one version out. HTTP and gRPC stand on it; it knows neither."""
+"""The service: requests in, scores of one version out. HTTP and gRPC stand on it; it knows neither.
+
+    infer ─► checked against the version that will answer ─► waiting ─► one forward for all that wait ─► answers
+
+Nothing waits for a batch to fill: while a batch is scored others come in, and what waits when it is done is the next one.
+Where the store is embedded, a batch is scored in the event loop itself: nothing in it waits, and with one core there is
+nobody to wait for. Where the store is a server, batches are scored in a thread, so that a store that does not answer
+holds up nothing else.
+"""
 
 from __future__ import annotations
 
-from limaml.serving.tensors import InferRequest, InferResponse, ModelMetadata, Refused
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
 
-__all__ = ["Service"]
+import numpy as np
+import torch
+
+from limaml.errors import DataError, LimamlError, StoreError
+from limaml.serving.metrics import Metrics
+from limaml.serving.questions import Answer, Question, column_of_tensor, rows_of
+from limaml.serving.scoring import Asked, Entries
+from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused, TensorMetadata
+from limaml.serving.versions import Loaded, Versions
+from limaml.types import ROW, FeatureKind
+
+__all__ = ["Options", "Service"]
+
+logger = logging.getLogger("limaml.serving")
+
+PLATFORM = "limaml"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a service behaves. Times are in seconds."""
+
+    max_batch: int = 4096  # rows in one forward, and in one request
+    queue: int = 1024  # requests that wait at the most
+    timeout: float = 1.0  # for one request, from when it was read
+    poll: float = 1.0  # between looks at the pointer
+    retry: float = 1.0  # between looks at a store that did not answer
+    on_store_error: Literal["cold", "fail"] = "cold"
+    pinned: int = 2  # versions beside the current one that stay loaded for those who ask for them
+    inline: bool = True  # score in the event loop
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    question: Question
+    asked: Asked
+    loaded: Loaded
+    answer: asyncio.Future[Answer]
+    since: float
 
 
 class Service:
-    """Answers requests for one model of a store."""
+    """Answers requests for one model of a store.
+
+    `route` may choose the version of a question that names none, by its tasks; `observers` are told of every answer.
+    """
+
+    def __init__(
+        self,
+        versions: Versions,
+        options: Options | None = None,
+        metrics: Metrics | None = None,
+        *,
+        route: Callable[[Question, Asked], str | None] | None = None,
+        observers: Sequence[Callable[[Question, Answer], None]] = (),
+    ) -> None:
+        self.versions, self.model = versions, versions.model
+        self.options, self.metrics = options or Options(), metrics or Metrics()
+        self.route, self.observers = route, list(observers)
+        self._current: Loaded | None = None
+        self._pinned: dict[str, Loaded] = {}
+        self._pinning = asyncio.Lock()
+        self._waiting: list[_Waiting] = []
+        self._in_flight = 0
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._store_down_until: float | None = None
+        self._reopen = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loader = ThreadPoolExecutor(1, "limaml-load")
+        self._scoring = None if self.options.inline else ThreadPoolExecutor(1, "limaml-score")
+
+    # -------------------------------------------------------------------------------------------------------- life
 
     async def start(self) -> None:
         """Load and warm the version that is current; `ready` from then on."""
-        raise NotImplementedError
+        self._serve(await self._in_loader(self.versions.load))
+        self.metrics.store_up.set(1)
+        self._tasks = [asyncio.create_task(self._score_forever()), asyncio.create_task(self._watch_forever())]
+        self.metrics.ready.set(1)
 
     async def drain(self) -> None:
         """Take nothing new, finish what waits, release the versions."""
-        raise NotImplementedError
+        self._draining = True
+        self.metrics.ready.set(0)
+        while self._in_flight:
+            await asyncio.sleep(0.005)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for loaded in [*self._pinned.values(), *([self._current] if self._current else [])]:
+            self._retire(loaded)
+        self._current, self._pinned = None, {}
+        await asyncio.get_running_loop().run_in_executor(None, self._loader.shutdown)
+        if self._scoring is not None:
+            self._scoring.shutdown()
 
     @property
     def live(self) -> bool:
         return True
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests wait or are being scored."""
+        return self._in_flight > 0
+
     def ready(self, name: str | None = None, version: str | None = None) -> bool:
-        """Whether requests are taken; with a name, whether those for that model (and version) are."""
-        return False
+        """Whether requests are taken; with a name, whether those for that model (and version, if it is loaded) are."""
+        if self._current is None or self._draining or name not in (None, self.model):
+            return False
+        return version in (None, self._current.version) or version in self._pinned
+
+    async def _in_loader(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
+
+    def _serve(self, loaded: Loaded) -> None:
+        before, self._current = self._current, loaded
+        self.metrics.served(self.model, loaded.version, loaded.described.watermark)
+        logger.info("Version %s of '%s' is served now.", loaded.version, self.model)
+        if before is not None:
+            if before.version != loaded.version:
+                self.metrics.flips.inc()
+            self._retire(before)
+
+    def _retire(self, loaded: Loaded) -> None:
+        loaded.retired = True
+        self._let_go(loaded)
+
+    def _let_go(self, loaded: Loaded) -> None:
+        """Close the reader of a version that nobody will be answered from any more."""
+        if loaded.retired and not loaded.users:
+            loaded.retired = False
+            self._loader.submit(_close, loaded)
+
+    async def _watch_forever(self) -> None:
+        """Follow the pointer; find out whether the store answers again."""
+        failures = 0
+        while True:
+            down = self._store_down_until is not None
+            pause = min(self.options.poll, self.options.retry) if down else self.options.poll * 2 ** min(failures, 5)
+            await asyncio.sleep(pause)
+            try:
+                loaded = await self._in_loader(self._newer)
+            except StoreError as error:
+                self._store_failed(error)
+            except Exception as error:  # whatever a model folder holds, the version that is served stays
+                failures += 1
+                self.metrics.reload_failures.inc()
+                logger.error("The current version could not be loaded; the one before it stays: %s", error)
+            else:
+                failures = 0
+                self._store_answers()
+                if loaded is not None:
+                    self._serve(loaded)
+
+    def _newer(self) -> Loaded | None:
+        """The current version, if it is not the one that is served, or that one's reader has failed."""
+        current, served = self.versions.current(), self._current
+        if current is None or served is None or (current == served.version and not self._reopen):
+            return None
+        self._reopen = False
+        return self.versions.load(current)
+
+    # --------------------------------------------------------------------------------------------------- the store
+
+    def _store_failed(self, error: StoreError) -> None:
+        self.metrics.store_errors.inc()
+        if self._store_down_until is None:
+            logger.error("Until the store answers, %s. %s", _WITHOUT[self.options.on_store_error], error)
+            self.metrics.store_up.set(0)
+        self._store_down_until = time.monotonic() + self.options.retry
+        self._reopen = True
+
+    def _store_answers(self) -> None:
+        if self._store_down_until is not None:
+            logger.info("The store answers again.")
+            self.metrics.store_up.set(1)
+        self._store_down_until = None
+
+    # ---------------------------------------------------------------------------------------------------- metadata
 
     async def model_metadata(self, name: str, version: str | None = None) -> ModelMetadata:
         """Inputs and outputs of a version, by default of the current one; `Refused` (404) where there is none."""
-        raise Refused(503, f"The model {name!r} is not loaded yet.")
+        loaded = await self._find(name, version)
+        try:
+            ready = await self._ready_versions()
+            outputs = [TensorMetadata(each, "FP32", (-1,)) for each in _output_names(loaded)]
+            outputs += [TensorMetadata("known", "BOOL", (-1,)), TensorMetadata("version", "BYTES", (1,))]
+            return ModelMetadata(self.model, ready, PLATFORM, _inputs(loaded), outputs)
+        finally:
+            self._done_with(loaded)
+
+    async def _ready_versions(self) -> list[str]:
+        try:
+            found: list[str] = await self._in_loader(self.versions.ready)
+        except StoreError as error:
+            self._store_failed(error)
+            raise Refused(503, f"The store does not answer: {error}", retry_after=self.options.retry) from error
+        return found
+
+    async def _find(self, name: str, version: str | None) -> Loaded:
+        """A version to answer from, which stays until `_done_with`."""
+        if name != self.model:
+            raise Refused(404, f"There is no model {name[:100]!r} here; this server has '{self.model}'.")
+        if self._draining or self._current is None:
+            raise Refused(503, "The server is stopping, or not ready yet; ask another one.", retry_after=1)
+        loaded = self._current if version in (None, self._current.version) else self._pinned.get(str(version))
+        if loaded is None:
+            loaded = await self._pin(str(version))
+        loaded.users += 1
+        return loaded
+
+    def _done_with(self, loaded: Loaded) -> None:
+        loaded.users -= 1
+        self._let_go(loaded)
+
+    async def _pin(self, version: str) -> Loaded:
+        """Load a version beside the current one; the one asked for longest ago makes room."""
+        async with self._pinning:
+            if version in self._pinned:
+                return self._pinned[version]
+            ready = await self._ready_versions()
+            if version not in ready:
+                raise Refused(
+                    404, f"Model '{self.model}' has no version {version[:100]!r}; it has {', '.join(ready[-20:])}."
+                )
+            try:
+                loaded: Loaded = await self._in_loader(self.versions.load, version)
+            except (LimamlError, OSError) as error:
+                self.metrics.reload_failures.inc()
+                raise Refused(503, f"Version {version} could not be loaded: {error}", retry_after=1) from error
+            while len(self._pinned) >= max(1, self.options.pinned):
+                self._retire(self._pinned.pop(next(iter(self._pinned))))
+            self._pinned[version] = loaded
+            return loaded
+
+    # ---------------------------------------------------------------------------------------------------- requests
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Scores of one version for the rows of a request; `Refused` says why there are none."""
-        raise Refused(503, f"The model {request.model!r} is not loaded yet.")
+        begun = time.perf_counter()
+        loaded = await self._find(request.model, request.version)
+        try:
+            allowed = request.parameters.get("nan_is_missing") is True
+            columns = {
+                name: column_of_tensor(tensor, loaded.scorer, allowed) for name, tensor in request.inputs.items()
+            }
+            wanted = _wanted(request.outputs, loaded)
+            rows = rows_of(columns, self.options.max_batch)
+            question = Question(columns, rows, request.version, request.id, request.parameters)
+            answer = await self.answer(question, loaded, begun)
+        finally:
+            self._done_with(loaded)
+        parameters = {"store": "down"} if answer.store_down else {}
+        outputs = tuple(InferTensor.of(name, _output(name, answer, loaded)) for name in wanted)
+        return InferResponse(request.model, answer.version, request.id, outputs, parameters)
+
+    async def answer(self, question: Question, loaded: Loaded | None = None, begun: float | None = None) -> Answer:
+        """Scores of a question's rows, from `loaded` if that is the one its columns were made for."""
+        if loaded is None:
+            loaded = await self._find(self.model, question.version)
+            try:
+                return await self.answer(question, loaded, begun)
+            finally:
+                self._done_with(loaded)
+        try:
+            asked = loaded.scorer.ask(question.columns, question.rows)
+        except DataError as error:
+            raise Refused(400, str(error)) from error
+        if self.route is not None and question.version is None:
+            version = self.route(question, asked)
+            if version is not None and version != loaded.version:
+                return await self._routed(question, version, loaded, begun)
+        return await self._enqueue(question, asked, loaded, begun)
+
+    async def _routed(self, question: Question, version: str, loaded: Loaded, begun: float | None) -> Answer:
+        """The answer of another version than the current one, if that can be had."""
+        try:
+            other = await self._find(self.model, version)
+        except Refused as refusal:
+            logger.warning("Version %s cannot have its share of the traffic: %s", version, refusal.message)
+            return await self._enqueue(question, loaded.scorer.ask(question.columns, question.rows), loaded, begun)
+        try:
+            asked = other.scorer.ask(question.columns, question.rows)
+            return await self._enqueue(question, asked, other, begun)
+        except DataError as error:
+            raise Refused(400, str(error)) from error
+        finally:
+            self._done_with(other)
+
+    async def _enqueue(self, question: Question, asked: Asked, loaded: Loaded, begun: float | None) -> Answer:
+        options, metrics = self.options, self.metrics
+        if len(self._waiting) >= options.queue:
+            metrics.rejected.labels("queue").inc()
+            raise Refused(503, f"{options.queue} requests wait already; ask again in a moment.", retry_after=1)
+        loop, now = asyncio.get_running_loop(), time.perf_counter()
+        waiting = _Waiting(question, asked, loaded, loop.create_future(), now)
+        if begun is not None:
+            metrics.decode.observe(now - begun)
+        self._waiting.append(waiting)
+        self._in_flight += 1
+        self._wake.set()
+        alarm = loop.call_later(options.timeout, self._too_late, waiting)
+        try:
+            answer = await waiting.answer
+        finally:
+            alarm.cancel()
+            self._in_flight -= 1
+        for observe in self.observers:
+            observe(question, answer)
+        return answer
+
+    def _too_late(self, waiting: _Waiting) -> None:
+        if not waiting.answer.done():
+            self.metrics.rejected.labels("timeout").inc()
+            waiting.answer.set_exception(
+                Refused(
+                    504,
+                    f"The request was not answered within {self.options.timeout:g} s. Send fewer rows, or ask later.",
+                )
+            )
+
+    # ----------------------------------------------------------------------------------------------------- batches
+
+    async def _score_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            batch = self._take()
+            if not batch:
+                continue
+            for one in batch:
+                one.loaded.users += 1  # a request that gave up must not close the version under the batch
+            try:
+                if self._scoring is None:
+                    found: Sequence[Answer] | Exception = self._score(batch)
+                else:
+                    found = await loop.run_in_executor(self._scoring, self._score, batch)
+            except Refused as refusal:
+                found = refusal
+            except Exception as error:
+                logger.exception("A batch of %d requests failed.", len(batch))
+                found = Refused(500, f"The rows could not be scored: {error}")
+            finally:
+                for one in batch:
+                    self._done_with(one.loaded)
+            self._resolve(batch, found)
+            await asyncio.sleep(0)  # let in what came meanwhile
+
+    def _take(self) -> list[_Waiting]:
+        """What waits for one version, in the order in which it came, as much as fits in a batch."""
+        batch: list[_Waiting] = []
+        left: list[_Waiting] = []
+        rows = 0
+        for one in self._waiting:
+            if one.answer.done():
+                continue
+            fits = not batch or (one.loaded is batch[0].loaded and rows + one.asked.rows <= self.options.max_batch)
+            (batch if fits else left).append(one)
+            rows += one.asked.rows if fits else 0
+        self._waiting = left
+        return batch
+
+    def _score(self, batch: Sequence[_Waiting]) -> list[Answer]:
+        """The answers to a batch, all from one version. May run in a thread of its own."""
+        metrics, loaded, started = self.metrics, batch[0].loaded, time.perf_counter()
+        scorer, asked = loaded.scorer, [one.asked for one in batch]
+        entries, down = self._look_up(loaded, asked)
+        looked = time.perf_counter()
+        logits = scorer.logits(asked, entries)
+        with torch.no_grad():
+            predictions = scorer.model.losses.predictions(logits).float().cpu().numpy()
+        answers = _split(loaded.version, logits.float().cpu().numpy(), predictions, asked, entries, down)
+        for one in batch:
+            metrics.wait.observe(started - one.since)
+        metrics.look_up.observe(looked - started)
+        metrics.forward.observe(time.perf_counter() - looked)
+        metrics.batch_requests.observe(len(batch))
+        metrics.batch_rows.observe(len(logits))
+        metrics.rows.labels(loaded.version).inc(len(logits))
+        self._count(loaded, entries)
+        return answers
+
+    def _look_up(self, loaded: Loaded, asked: Sequence[Asked]) -> tuple[dict[str, Entries], bool]:
+        """The tasks of a batch, and whether they had to do without the store."""
+        failure: StoreError | None = None
+        if self._store_down_until is None:
+            try:
+                return loaded.scorer.look_up(loaded.reader, asked), False
+            except StoreError as error:
+                failure = error
+                self._store_failed(error)
+        if self.options.on_store_error == "fail":
+            why = f": {failure}" if failure else " at the moment."
+            raise Refused(503, f"The store does not answer{why}", retry_after=self.options.retry)
+        return loaded.scorer.look_up(None, asked), True
+
+    def _count(self, loaded: Loaded, entries: dict[str, Entries]) -> None:
+        metrics, cache = self.metrics, loaded.scorer.cache
+        for task, one in entries.items():
+            known = int(one.found.sum())
+            if known:
+                metrics.tasks.labels(task, "known").inc(known)
+            if known < len(one.found):
+                metrics.tasks.labels(task, "cold").inc(len(one.found) - known)
+            if loaded.on_a_clock:
+                for newest in one.event_time[one.found & (one.count > 0)].tolist():
+                    metrics.age.observe(max(0.0, time.time() - newest / 1e6))
+        hits, misses = cache.hits, cache.misses
+        metrics.cache_hits.inc(hits - misses)
+        metrics.cache_misses.inc(misses)
+        cache.hits = cache.misses = 0
+
+    @staticmethod
+    def _resolve(batch: Sequence[_Waiting], found: Sequence[Answer] | Exception) -> None:
+        for place, one in enumerate(batch):
+            if not one.answer.done():
+                if isinstance(found, Exception):
+                    one.answer.set_exception(found)
+                else:
+                    one.answer.set_result(found[place])
+
+
+_WITHOUT = {"cold": "every task gets its cold embedding", "fail": "requests are refused (503)"}
+
+
+def _close(loaded: Loaded) -> None:
+    with contextlib.suppress(StoreError):  # a lease in a store that is down ends by itself
+        loaded.reader.close()
+
+
+def _split(
+    version: str,
+    logits: np.ndarray[Any, Any],
+    predictions: np.ndarray[Any, Any],
+    asked: Sequence[Asked],
+    entries: dict[str, Entries],
+    down: bool,
+) -> list[Answer]:
+    """Each request's share of a batch."""
+    answers, row, place = [], 0, dict.fromkeys(entries, 0)
+    for one in asked:
+        rows = slice(row, row + one.rows)
+        known = np.ones(one.rows, dtype=np.bool_)
+        own = {}
+        for task, whole in entries.items():
+            first = place[task]
+            part = slice(first, first + len(one.tasks[task].keys))
+            place[task] = part.stop
+            owner = whole.owner[rows] - first if first else whole.owner[rows]
+            own[task] = Entries(
+                whole.keys[part], owner, whole.found[part], whole.count[part], whole.event_time[part], whole.z[part]
+            )
+            known &= whole.found[part][owner.numpy()]
+        answers.append(Answer(version, logits[rows], predictions[rows], known, one, own, down))
+        row = rows.stop
+    return answers
+
+
+def _output_names(loaded: Loaded) -> list[str]:
+    """`score` and `logit`; where there are several labels, `score.LABEL` and `logit.LABEL` of each."""
+    labels = loaded.scorer.schema.labels
+    if len(labels) == 1:
+        return ["score", "logit"]
+    return [f"{what}.{label.name}" for label in labels for what in ("score", "logit")]
+
+
+def _wanted(outputs: Sequence[str], loaded: Loaded) -> Sequence[str]:
+    """The outputs asked for, all if none is named."""
+    known = [*_output_names(loaded), "known", "version"]
+    for name in outputs:
+        if name not in known:
+            raise Refused(400, f"There is no output {name[:80]!r}; this model has {', '.join(known)}.")
+    return outputs or known
+
+
+def _output(name: str, answer: Answer, loaded: Loaded) -> np.ndarray[Any, Any]:
+    if name == "known":
+        return answer.known
+    if name == "version":
+        version = np.empty(1, dtype=np.object_)
+        version[0] = answer.version.encode()
+        return version
+    head = _output_names(loaded).index(name) // 2
+    return (answer.predictions if name.startswith("score") else answer.logits)[:, head]
+
+
+def _inputs(loaded: Loaded) -> list[TensorMetadata]:
+    """Task columns and feature columns, each with the datatype that fits best; others that fit are taken as well."""
+    scorer = loaded.scorer
+    found = {column: TensorMetadata(column, "BYTES", (-1,)) for task in scorer.schema.tasks for column in task.columns}
+    widths = {spec.name: spec.size for spec in scorer.trained.encoder.specs}
+    for side in [ROW, *(task.name for task in scorer.schema.tasks)]:
+        for lookup in scorer.lookups.on(side):
+            feature = lookup.feature
+            if feature.kind is FeatureKind.NUMERIC:
+                tensor = TensorMetadata(feature.column, "FP32", (-1,))
+            elif feature.kind is FeatureKind.VECTOR:
+                tensor = TensorMetadata(feature.column, "FP32", (-1, widths[feature.name]))
+            else:
+                tensor = TensorMetadata(feature.column, lookup.datatype, (-1,))
+            found.setdefault(feature.column, tensor)
+    return list(found.values())

@@ -1,0 +1,184 @@
+"""A request as the service sees it, whatever protocol it came by: its columns, checked by name, type and length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from limaml.interactions.columns import nearest, show
+from limaml.serving.columns import Column
+from limaml.serving.scoring import Asked, Entries, Scorer
+from limaml.serving.tensors import InferTensor, Refused
+from limaml.types import FeatureKind
+
+__all__ = ["Answer", "Question", "column_of_tensor", "column_of_values", "columns_of_rows", "rows_of"]
+
+LISTS = (FeatureKind.TOKENS, FeatureKind.SEQUENCE, FeatureKind.VECTOR)
+LIMIT = 2**63
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """`rows` rows to score. `version` None is the one that is current."""
+
+    columns: Mapping[str, Column]
+    rows: int
+    version: str | None = None
+    id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """Scores of a question's rows, all from `version`. `store_down`: every task was taken for unknown."""
+
+    version: str
+    logits: NDArray[np.float32]  # [n, heads]
+    predictions: NDArray[np.float32]  # [n, heads]
+    known: NDArray[np.bool_]  # [n]
+    asked: Asked
+    entries: Mapping[str, Entries]  # of the request alone
+    store_down: bool = False
+
+
+def column_of_tensor(tensor: InferTensor, scorer: Scorer, missing_allowed: bool) -> Column:
+    """The column in a tensor `[n]` or `[n, 1]`, or `[n, width]` for a feature that takes lists; `[1]` is for all rows.
+
+    `missing_allowed`: NaN stands for a value that is not known, and is not refused.
+    """
+    data, where = tensor.data, f"Input '{tensor.name[:80]}'"
+    kinds = _kinds(scorer, tensor.name, where)
+    lists = bool(kinds) and all(kind in LISTS for kind in kinds)
+    if data.ndim == 0:
+        data = data.reshape(1)
+    if data.ndim == 2 and data.shape[1] == 1 and not (lists and FeatureKind.VECTOR in kinds):
+        data = data[:, 0]
+    if data.ndim > 2 or (data.ndim == 2 and not lists):
+        raise Refused(
+            400, f"{where} has shape {list(tensor.shape)}; it must be [rows], or [1] for one value for all rows."
+        )
+    if data.dtype.kind == "f":
+        data = _checked_numbers(data, scorer, tensor, where, missing_allowed)
+    elif data.dtype.kind in "iu":
+        refuse_negative(tensor.name, data, scorer, where)
+    try:
+        return Column.of_array(data)
+    except UnicodeDecodeError as error:
+        flat = data.reshape(-1).tolist()
+        place = next(i for i, value in enumerate(flat) if not _is_text(value))
+        raise Refused(
+            400, f"{where} is no UTF-8 text in element {place} (they count from 0): {error.reason}."
+        ) from None
+
+
+def _kinds(scorer: Scorer, name: str, where: str) -> set[FeatureKind]:
+    """Kinds of the features that read a column; none for one that only names a task."""
+    if name not in scorer.columns:
+        guess = nearest(name[:200], scorer.columns)
+        hint = f"Did you mean '{guess}'?" if guess else f"It has {', '.join(sorted(scorer.columns))}."
+        raise Refused(400, f"{where} is none that this model reads. {hint}")
+    return {feature.kind for feature in scorer.schema.features if feature.column == name}
+
+
+def _checked_numbers(
+    data: NDArray[Any], scorer: Scorer, tensor: InferTensor, where: str, missing_allowed: bool
+) -> NDArray[Any]:
+    if any(tensor.name in task.columns for task in scorer.schema.tasks):
+        raise Refused(400, f"{where} names tasks and is {tensor.datatype}; send BYTES or INT64.")
+    bad = ~np.isfinite(data)
+    if bad.any():
+        place = int(bad.reshape(-1).argmax())
+        value = data.reshape(-1)[place]
+        if not (missing_allowed and not np.isinf(data).any()):
+            raise Refused(
+                400, f"{where} is {value} in element {place} (they count from 0). Send finite numbers; if NaN shall mean "
+                "that a value is not known, say so with the request parameter nan_is_missing=true."
+            )  # fmt: skip
+    return data
+
+
+def refuse_negative(name: str, values: NDArray[Any], scorer: Scorer, where: str) -> None:
+    """No id is negative: a negative one is a mistake of the caller's, such as a −1 for "none"."""
+    schema = scorer.schema
+    named = any(name in task.columns for task in schema.tasks) or name == schema.row
+    if named and len(values) and int(values.min()) < 0 and not scorer.lookups.has_negative(name):
+        place = int((values.reshape(-1) < 0).argmax())
+        raise Refused(400, f"{where} is {values.reshape(-1)[place]} in element {place} (they count from 0); ids are not "
+                      "negative. Leave rows without an id out.")  # fmt: skip
+
+
+def _is_text(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def rows_of(columns: Mapping[str, Column], limit: int) -> int:
+    """Number of rows that columns have together, each so many or one for all."""
+    if not columns:
+        raise Refused(400, "The request has no inputs; send the columns of the rows to score.")
+    lengths = {name: len(column) for name, column in columns.items()}
+    rows = max(lengths.values())
+    if 0 in lengths.values():
+        rows = 0 if rows <= 1 else rows
+    wrong = [name for name, length in lengths.items() if length not in (1, rows)]
+    if wrong:
+        longest = next(name for name, length in lengths.items() if length == rows)
+        raise Refused(
+            400, f"Input '{wrong[0]}' has {lengths[wrong[0]]} rows and '{longest}' has {rows}; each must have as many as the "
+            "others, or one for all."
+        )  # fmt: skip
+    if rows > limit:
+        raise Refused(400, f"The request has {rows} rows; at most {limit} are scored at once. Send them in parts.")
+    return rows
+
+
+def column_of_values(name: str, values: Sequence[Any], scorer: Scorer, where: str) -> Column:
+    """The column of values out of JSON: numbers, texts, Booleans, null, or lists of one of them."""
+    kinds = _kinds(scorer, name, where)
+    present = [value for value in values if value is not None]
+    if any(isinstance(value, list) for value in present):
+        if not all(kind in LISTS for kind in kinds) or not kinds:
+            raise Refused(400, f"{where} is a list; send one value for each row.")
+        if not all(isinstance(value, list) for value in present):
+            raise Refused(400, f"{where} is a list in some rows and none in others.")
+        inner = _dtype_of([entry for value in present for entry in value if entry is not None], where)
+        return Column(pl.List(inner), [value if value is None else list(value) for value in values])
+    dtype = _dtype_of(present, where)
+    if dtype == pl.Int64 and present:
+        refuse_negative(name, np.array(present), scorer, where)
+    if dtype == pl.Float64:
+        values = [None if value is None else float(value) for value in values]
+    return Column(dtype, list(values))
+
+
+def _dtype_of(values: Sequence[Any], where: str) -> pl.DataType:
+    types = {type(value) for value in values}
+    if types <= {int}:
+        if any(not -LIMIT <= value < LIMIT for value in values):
+            raise Refused(400, f"{where} holds an integer of more than 64 bits; send it as text.")
+        return pl.Int64() if types else pl.Null()
+    if types <= {int, float}:
+        return pl.Float64()
+    if types == {str}:
+        return pl.String()
+    if types == {bool}:
+        return pl.Boolean()
+    names = ", ".join(sorted(kind.__name__ for kind in types))
+    raise Refused(400, f"{where} holds {names}; send numbers alone, or texts alone, or Booleans alone.")
+
+
+def columns_of_rows(rows: Sequence[Mapping[str, Any]], scorer: Scorer, where: str) -> dict[str, Column]:
+    """The columns of rows that came as JSON objects; what a row does not say is null."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: column_of_values(name, [row.get(name) for row in rows], scorer, f"'{show(name)[1:-1]}' in {where}")
+        for name in names
+    }
