@@ -64,6 +64,8 @@ class OnnxBlock(nn.Module):
     May be called from several threads; each call runs on `threads` of its own making.
     """
 
+    differentiable = False
+
     def __init__(self, path: Path | str, threads: int = 1) -> None:
         super().__init__()
         runtime = require("onnxruntime", "onnx")
