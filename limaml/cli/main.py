@@ -16,6 +16,7 @@ from limaml.cli.check_served import check_served_command
 from limaml.cli.compare import compare_command
 from limaml.cli.console import errors
 from limaml.cli.data import data_app
+from limaml.cli.dead_letters import dead_letters_app
 from limaml.cli.demo import demo_command
 from limaml.cli.embed import embed_command
 from limaml.cli.export import export_command
@@ -23,6 +24,7 @@ from limaml.cli.recommend import recommend_command
 from limaml.cli.refresh import refresh_command
 from limaml.cli.score import score_command
 from limaml.cli.store import store_app
+from limaml.cli.stream import stream_command
 from limaml.cli.train import train_command
 from limaml.cli.tune import tune_command
 from limaml.cli.windows import windows_app
@@ -58,6 +60,8 @@ app.command(tune_command, name="tune")
 app.command(train_command, name="train")
 app.command(embed_command, name="embed")
 app.command(refresh_command, name="refresh")
+app.command(stream_command, name="stream")
+app.command(dead_letters_app)
 app.command(score_command, name="score")
 app.command(recommend_command, name="recommend")
 app.command(export_command, name="export")

@@ -11,13 +11,13 @@ import json
 import re
 import sqlite3
 import uuid
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limaml.errors import DataError
+from limaml.errors import DataError, StoreError
 from limaml.interactions.atomic_files import locked
 from limaml.interactions.keys import join_key, split_key
 from limaml.interactions.log import InteractionLog
@@ -75,7 +75,7 @@ class DeadLetters:
         ]
         if not rows:
             return 0
-        with closing(self._connect()) as connection, connection:
+        with self._writing() as connection:
             before = connection.total_changes
             connection.executemany(f"INSERT OR IGNORE INTO letters ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             return connection.total_changes - before
@@ -145,11 +145,14 @@ class DeadLetters:
                 self._change("UPDATE letters SET batch = NULL WHERE batch = ?", [(batch,)])
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=60.0)
+        connection = sqlite3.connect(self.path, timeout=60.0)  # raises OperationalError where there is no folder
         try:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA secure_delete = ON")
             connection.execute(_TABLE)
+        except sqlite3.OperationalError:
+            connection.close()
+            raise
         except sqlite3.DatabaseError as error:
             connection.close()
             raise DataError(
@@ -166,8 +169,19 @@ class DeadLetters:
     def _change(self, query: str, arguments: Iterable[Sequence[object]]) -> int:
         if not self.path.exists():
             return 0
-        with closing(self._connect()) as connection, connection:
+        with self._writing() as connection:
             return connection.executemany(query, arguments).rowcount
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(self._connect()) as connection, connection:
+                yield connection
+        except sqlite3.OperationalError as error:
+            raise StoreError(
+                f"The dead letters in {self.path} cannot be written ({error}). Nothing was changed; make room, or see who "
+                "holds the file."
+            ) from error
 
 
 def mentions(payload: bytes, columns: Sequence[str], keys: Collection[str]) -> bool:
