@@ -23,6 +23,7 @@ from limaml.cli.export import export_command
 from limaml.cli.recommend import recommend_command
 from limaml.cli.refresh import refresh_command
 from limaml.cli.score import score_command
+from limaml.cli.serve import serve_command
 from limaml.cli.store import store_app
 from limaml.cli.stream import stream_command
 from limaml.cli.train import train_command
@@ -63,6 +64,7 @@ app.command(refresh_command, name="refresh")
 app.command(stream_command, name="stream")
 app.command(dead_letters_app)
 app.command(score_command, name="score")
+app.command(serve_command, name="serve")
 app.command(recommend_command, name="recommend")
 app.command(export_command, name="export")
 app.command(check_served_command, name="check-served")

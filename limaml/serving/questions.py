@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,10 @@ from limaml.serving.scoring import Asked, Entries, Scorer
 from limaml.serving.tensors import InferTensor, Refused
 from limaml.types import FeatureKind
 
-__all__ = ["Answer", "Question", "column_of_tensor", "column_of_values", "columns_of_rows", "rows_of"]
+__all__ = ["SHADOWED", "Answer", "Question", "column_of_tensor", "column_of_values", "columns_of_rows", "rows_of"]
+
+SHADOWED = "shadowed"
+"""Parameter of a question that is scored in the shadow of another: nobody reads its answer."""
 
 LISTS = (FeatureKind.TOKENS, FeatureKind.SEQUENCE, FeatureKind.VECTOR)
 LIMIT = 2**63
@@ -35,7 +39,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """Scores of a question's rows, all from `version`. `store_down`: every task was taken for unknown."""
+    """Scores of a question's rows, all from `version`. `store_down`: every task was taken for unknown. `sampled`: scores
+    and logits are of a draw of the embeddings."""
 
     version: str
     logits: NDArray[np.float32]  # [n, heads]
@@ -44,6 +49,8 @@ class Answer:
     asked: Asked
     entries: Mapping[str, Entries]  # of the request alone
     store_down: bool = False
+    sampled: bool = False
+    deviations: NDArray[np.float32] | None = None  # [n, heads], where asked for
 
 
 def column_of_tensor(tensor: InferTensor, scorer: Scorer, missing_allowed: bool) -> Column:
@@ -166,6 +173,8 @@ def _dtype_of(values: Sequence[Any], where: str) -> pl.DataType:
             raise Refused(400, f"{where} holds an integer of more than 64 bits; send it as text.")
         return pl.Int64() if types else pl.Null()
     if types <= {int, float}:
+        if not all(map(math.isfinite, values)):
+            raise Refused(400, f"{where} holds NaN or an infinity; send null where nothing is known.")
         return pl.Float64()
     if types == {str}:
         return pl.String()

@@ -14,19 +14,22 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from limaml.embeddings.factors import factor_type
 from limaml.errors import DataError, LimamlError, StoreError
 from limaml.serving.metrics import Metrics
 from limaml.serving.questions import Answer, Question, column_of_tensor, rows_of
 from limaml.serving.scoring import Asked, Entries
 from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused, TensorMetadata
+from limaml.serving.thompson import Sampling, deviations, posteriors_of, sampled, sampling_of
 from limaml.serving.versions import Loaded, Versions
 from limaml.types import ROW, FeatureKind
 
@@ -58,6 +61,7 @@ class _Waiting:
     loaded: Loaded
     answer: asyncio.Future[Answer]
     since: float
+    sampling: Sampling
 
 
 class Service:
@@ -206,6 +210,7 @@ class Service:
         try:
             ready = await self._ready_versions()
             outputs = [TensorMetadata(each, "FP32", (-1,)) for each in _output_names(loaded)]
+            outputs += [TensorMetadata(each, "FP32", (-1,)) for each in _deviation_names(loaded)]
             outputs += [TensorMetadata("known", "BOOL", (-1,)), TensorMetadata("version", "BYTES", (1,))]
             return ModelMetadata(self.model, ready, PLATFORM, _inputs(loaded), outputs)
         finally:
@@ -230,6 +235,15 @@ class Service:
             loaded = await self._pin(str(version))
         loaded.users += 1
         return loaded
+
+    @asynccontextmanager
+    async def using(self, version: str | None) -> AsyncIterator[Loaded]:
+        """A version to make a question for: it stays loaded in here."""
+        loaded = await self._find(self.model, version)
+        try:
+            yield loaded
+        finally:
+            self._done_with(loaded)
 
     def _done_with(self, loaded: Loaded) -> None:
         loaded.users -= 1
@@ -268,22 +282,26 @@ class Service:
             }
             wanted = _wanted(request.outputs, loaded)
             rows = rows_of(columns, self.options.max_batch)
-            question = Question(columns, rows, request.version, request.id, request.parameters)
+            parameters = dict(request.parameters)
+            if any(name in _deviation_names(loaded) for name in wanted):
+                parameters["logit_sd"] = True
+            elif parameters.get("logit_sd") is True:
+                wanted = [*wanted, *_deviation_names(loaded)]
+            question = Question(columns, rows, request.version, request.id, parameters)
             answer = await self.answer(question, loaded, begun)
         finally:
             self._done_with(loaded)
-        parameters = {"store": "down"} if answer.store_down else {}
+        told: dict[str, Any] = {"store": "down"} if answer.store_down else {}
+        if answer.sampled:
+            told["sampled"] = True
         outputs = tuple(InferTensor.of(name, _output(name, answer, loaded)) for name in wanted)
-        return InferResponse(request.model, answer.version, request.id, outputs, parameters)
+        return InferResponse(request.model, answer.version, request.id, outputs, told)
 
     async def answer(self, question: Question, loaded: Loaded | None = None, begun: float | None = None) -> Answer:
         """Scores of a question's rows, from `loaded` if that is the one its columns were made for."""
         if loaded is None:
-            loaded = await self._find(self.model, question.version)
-            try:
-                return await self.answer(question, loaded, begun)
-            finally:
-                self._done_with(loaded)
+            async with self.using(question.version) as found:
+                return await self.answer(question, found, begun)
         try:
             asked = loaded.scorer.ask(question.columns, question.rows)
         except DataError as error:
@@ -310,12 +328,12 @@ class Service:
             self._done_with(other)
 
     async def _enqueue(self, question: Question, asked: Asked, loaded: Loaded, begun: float | None) -> Answer:
-        options, metrics = self.options, self.metrics
+        options, metrics, sampling = self.options, self.metrics, sampling_of(question.parameters)
         if len(self._waiting) >= options.queue:
             metrics.rejected.labels("queue").inc()
             raise Refused(503, f"{options.queue} requests wait already; ask again in a moment.", retry_after=1)
         loop, now = asyncio.get_running_loop(), time.perf_counter()
-        waiting = _Waiting(question, asked, loaded, loop.create_future(), now)
+        waiting = _Waiting(question, asked, loaded, loop.create_future(), now, sampling)
         if begun is not None:
             metrics.decode.observe(now - begun)
         self._waiting.append(waiting)
@@ -356,7 +374,7 @@ class Service:
                 one.loaded.users += 1  # a request that gave up must not close the version under the batch
             try:
                 if self._scoring is None:
-                    found: Sequence[Answer] | Exception = self._score(batch)
+                    found: Sequence[Answer | Refused] | Exception = self._score(batch)
                 else:
                     found = await loop.run_in_executor(self._scoring, self._score, batch)
             except Refused as refusal:
@@ -384,7 +402,7 @@ class Service:
         self._waiting = left
         return batch
 
-    def _score(self, batch: Sequence[_Waiting]) -> list[Answer]:
+    def _score(self, batch: Sequence[_Waiting]) -> list[Answer | Refused]:
         """The answers to a batch, all from one version. May run in a thread of its own."""
         metrics, loaded, started = self.metrics, batch[0].loaded, time.perf_counter()
         scorer, asked = loaded.scorer, [one.asked for one in batch]
@@ -393,9 +411,12 @@ class Service:
         logits = scorer.logits(asked, entries)
         with torch.no_grad():
             predictions = scorer.model.losses.predictions(logits).float().cpu().numpy()
-        answers = _split(loaded.version, logits.float().cpu().numpy(), predictions, asked, entries, down)
-        for one in batch:
+        answers: list[Answer | Refused] = []
+        answers += _split(loaded.version, logits.float().cpu().numpy(), predictions, asked, entries, down)
+        for place, (one, answer) in enumerate(zip(batch, answers, strict=True)):
             metrics.wait.observe(started - one.since)
+            if isinstance(answer, Answer) and (one.sampling.sample or one.sampling.deviations):
+                answers[place] = self._explored(loaded, one, answer)
         metrics.look_up.observe(looked - started)
         metrics.forward.observe(time.perf_counter() - looked)
         metrics.batch_requests.observe(len(batch))
@@ -403,6 +424,28 @@ class Service:
         metrics.rows.labels(loaded.version).inc(len(logits))
         self._count(loaded, entries)
         return answers
+
+    def _explored(self, loaded: Loaded, one: _Waiting, answer: Answer) -> Answer | Refused:
+        """An answer with what its question asks for beside the scores: a draw in their place, or their deviations."""
+        scorer, sampling, asked, entries = loaded.scorer, one.sampling, one.asked, answer.entries
+        try:
+            if answer.store_down:
+                raise Refused(503, "The store does not answer, and has what sampling needs.", retry_after=1)
+            posteriors = posteriors_of(loaded.reader, entries)
+            if sampling.deviations:
+                sd = deviations(scorer, posteriors, asked, entries, sampling.scale)
+                answer = replace(answer, deviations=sd)
+            if sampling.sample:
+                logits = sampled(scorer, posteriors, asked, entries, sampling)
+                with torch.no_grad():
+                    predictions = scorer.model.losses.predictions(logits).float().cpu().numpy()
+                answer = replace(answer, logits=logits.float().cpu().numpy(), predictions=predictions, sampled=True)
+        except Refused as refusal:
+            return refusal
+        except StoreError as error:
+            self._store_failed(error)
+            return Refused(503, f"The store does not answer: {error}", retry_after=self.options.retry)
+        return answer
 
     def _look_up(self, loaded: Loaded, asked: Sequence[Asked]) -> tuple[dict[str, Entries], bool]:
         """The tasks of a batch, and whether they had to do without the store."""
@@ -435,13 +478,14 @@ class Service:
         cache.hits = cache.misses = 0
 
     @staticmethod
-    def _resolve(batch: Sequence[_Waiting], found: Sequence[Answer] | Exception) -> None:
+    def _resolve(batch: Sequence[_Waiting], found: Sequence[Answer | Refused] | Exception) -> None:
         for place, one in enumerate(batch):
             if not one.answer.done():
-                if isinstance(found, Exception):
-                    one.answer.set_exception(found)
+                answer = found if isinstance(found, Exception) else found[place]
+                if isinstance(answer, Exception):
+                    one.answer.set_exception(answer)
                 else:
-                    one.answer.set_result(found[place])
+                    one.answer.set_result(answer)
 
 
 _WITHOUT = {"cold": "every task gets its cold embedding", "fail": "requests are refused (503)"}
@@ -472,7 +516,13 @@ def _split(
             place[task] = part.stop
             owner = whole.owner[rows] - first if first else whole.owner[rows]
             own[task] = Entries(
-                whole.keys[part], owner, whole.found[part], whole.count[part], whole.event_time[part], whole.z[part]
+                whole.keys[part],
+                owner,
+                whole.found[part],
+                whole.count[part],
+                whole.event_time[part],
+                whole.z[part],
+                {name: values[part] for name, values in whole.table.items()},
             )
             known &= whole.found[part][owner.numpy()]
         answers.append(Answer(version, logits[rows], predictions[rows], known, one, own, down))
@@ -488,13 +538,23 @@ def _output_names(loaded: Loaded) -> list[str]:
     return [f"{what}.{label.name}" for label in labels for what in ("score", "logit")]
 
 
+def _deviation_names(loaded: Loaded) -> list[str]:
+    """`logit_sd` (of each label), where the version has its tasks' posteriors: given where asked for."""
+    if not all(factor_type(task.name) in loaded.reader.dims for task in loaded.scorer.schema.tasks):
+        return []
+    return [name.replace("logit", "logit_sd", 1) for name in _output_names(loaded) if name.startswith("logit")]
+
+
 def _wanted(outputs: Sequence[str], loaded: Loaded) -> Sequence[str]:
-    """The outputs asked for, all if none is named."""
-    known = [*_output_names(loaded), "known", "version"]
+    """The outputs asked for; if none is named, all but deviations."""
+    usual, others = [*_output_names(loaded), "known", "version"], _deviation_names(loaded)
     for name in outputs:
-        if name not in known:
-            raise Refused(400, f"There is no output {name[:80]!r}; this model has {', '.join(known)}.")
-    return outputs or known
+        if name not in usual and name not in others:
+            hint = " (limaml embed --uncertainty publishes what logit_sd needs)" if name.startswith("logit_sd") else ""
+            raise Refused(
+                400, f"There is no output {name[:80]!r}; this model has {', '.join([*usual, *others])}{hint}."
+            )
+    return outputs or usual
 
 
 def _output(name: str, answer: Answer, loaded: Loaded) -> np.ndarray[Any, Any]:
@@ -504,6 +564,8 @@ def _output(name: str, answer: Answer, loaded: Loaded) -> np.ndarray[Any, Any]:
         version = np.empty(1, dtype=np.object_)
         version[0] = answer.version.encode()
         return version
+    if name in _deviation_names(loaded) and answer.deviations is not None:
+        return answer.deviations[:, _deviation_names(loaded).index(name)]
     head = _output_names(loaded).index(name) // 2
     return (answer.predictions if name.startswith("score") else answer.logits)[:, head]
 

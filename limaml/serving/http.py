@@ -1,0 +1,182 @@
+"""HTTP: who may ask, the body, request ids, numbers and logs around every request; and `infer` itself.
+
+`infer` is answered here, on bytes; what is asked now and then goes on to `limaml.serving.score_api`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Literal
+from urllib.parse import unquote_to_bytes
+
+from limaml.serving.bodies import Gone, Receive, read_body
+from limaml.serving.open_inference import decode_request, encode_response
+from limaml.serving.score_api import make_api, refused_response
+from limaml.serving.service import Service
+from limaml.serving.tensors import Refused
+
+__all__ = ["HttpApp"]
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+access = logging.getLogger("limaml.serving.access")
+
+INFER = re.compile(rb"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+OPEN = ("/v2/health/live", "/v2/health/ready")
+"""What a load balancer asks without a token."""
+
+_ENDPOINTS = {"/v1/score": "score", "/metrics": "metrics", "/docs": "docs", "/openapi.json": "docs", "/v2": "metadata"}
+_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class HttpApp:
+    """The ASGI application. `log` says which requests are logged: "all", "errors" (status 400 and above) or "none"."""
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        token: str | None = None,
+        max_body: int = 10 * 2**20,
+        log: Literal["all", "errors", "none"] = "errors",
+    ) -> None:
+        self.service, self.max_body = service, max_body
+        self._token = None if token is None else token.encode()
+        self._least_logged = {"all": 0, "errors": 400, "none": 1000}[log]
+        self._api = make_api(service)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        begun = time.perf_counter()
+        headers = dict(scope["headers"])
+        identity = _identity(headers.get(b"x-request-id"))
+        answer = _Answer(send, identity)
+        endpoint = "infer"
+        try:
+            path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
+            infer = INFER.fullmatch(path.partition(b"?")[0])
+            if infer is None:
+                endpoint = _endpoint(scope["path"])
+            if self._token is not None and scope["path"] not in OPEN:
+                self._admit(headers.get(b"authorization", b""))
+            body = await read_body(receive, headers, self.max_body)
+            if infer is not None and scope["method"] == "POST":
+                await self._infer(infer, headers, body, answer)
+            elif infer is not None:
+                raise Refused(405, f"infer is asked by POST, not {scope['method']}.")
+            else:
+                await self._api({**scope, "headers": _unpacked(scope["headers"])}, _replayed(body), answer)
+        except Refused as refusal:
+            await answer.refuse(refusal)
+        except Gone:
+            answer.status = 499
+        except Exception:
+            access.exception("A request failed.", extra={"request_id": identity})
+            await answer.refuse(Refused(500, f"The server failed at this request; its log says why at {identity}."))
+        self._note(endpoint, scope, answer, time.perf_counter() - begun)
+
+    def _admit(self, given: bytes) -> None:
+        kind, _, token = given.partition(b" ")
+        if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token or b""):
+            raise Refused(401, "This server wants its token: send the header 'Authorization: Bearer TOKEN'.")
+
+    async def _infer(self, path: re.Match[bytes], headers: dict[bytes, bytes], body: bytes, answer: _Answer) -> None:
+        model, version = _text(path[1]), None if path[2] is None else _text(path[2])
+        length = headers.get(b"inference-header-content-length")
+        request, raw = decode_request(model, version, body, None if length is None else length.decode("latin-1"))
+        response = await self.service.infer(request)
+        found, json_length = encode_response(response, raw)
+        own = [(b"content-type", b"application/json" if json_length is None else b"application/octet-stream")]
+        if json_length is not None:
+            own.append((b"inference-header-content-length", b"%d" % json_length))
+        await answer.whole(200, own, found)
+
+    def _note(self, endpoint: str, scope: Scope, answer: _Answer, seconds: float) -> None:
+        metrics = self.service.metrics
+        metrics.requests.labels(endpoint, str(answer.status)).inc()
+        metrics.seconds.labels(endpoint).observe(seconds)
+        if answer.status >= self._least_logged:
+            access.log(
+                logging.INFO if answer.status < 500 else logging.WARNING,
+                "%s %s %d",
+                scope["method"],
+                scope["path"][:200],
+                answer.status,
+                extra={
+                    "request_id": answer.identity,
+                    "endpoint": endpoint,
+                    "status": answer.status,
+                    "milliseconds": round(1000 * seconds, 3),
+                    "error": answer.error,
+                },
+            )
+
+
+class _Answer:
+    """`send` with the request's id among the headers, that remembers the status."""
+
+    def __init__(self, send: Send, identity: str) -> None:
+        self._send, self.identity = send, identity
+        self.status = 0
+        self.error: str | None = None
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.identity.encode())]}
+        await self._send(message)
+
+    async def whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        headers.append((b"content-length", b"%d" % len(body)))
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self({"type": "http.response.body", "body": body})
+
+    async def refuse(self, refusal: Refused) -> None:
+        self.error = refusal.message
+        if not self.status:
+            await self.whole(*refused_response(refusal))
+
+
+def _identity(given: bytes | None) -> str:
+    """The caller's id of the request, if it can be written into a log and a header; else a new one."""
+    return given.decode() if given is not None and _ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def _endpoint(path: str) -> str:
+    """What a path is counted under: a few names, whatever is asked for."""
+    if path.startswith("/v2/models/"):
+        return "ready" if path.endswith("/ready") else "metadata"
+    return "health" if path.startswith("/v2/health/") else _ENDPOINTS.get(path, "other")
+
+
+def _text(part: bytes) -> str:
+    try:
+        return unquote_to_bytes(part).decode()
+    except UnicodeDecodeError:
+        raise Refused(400, "The path is no UTF-8.") from None
+
+
+def _unpacked(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Without what the body no longer is."""
+    return [(name, value) for name, value in headers if name not in (b"content-encoding", b"content-length")]
+
+
+def _replayed(body: bytes) -> Receive:
+    """A body that was read, for who reads it again."""
+    sent = False
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal sent
+        if sent:
+            return {"type": "http.disconnect"}
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive

@@ -1,0 +1,236 @@
+"""The Open Inference Protocol v2 over HTTP: JSON, and the binary tensor extension, to requests and back.
+
+body = JSON, then the raw bytes of each tensor that says `binary_data_size`, in their order;
+Inference-Header-Content-Length says where the JSON ends (without it, all is JSON)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from limaml.serving.raw import check_shape, decode_raw, encode_raw
+from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused, numpy_dtype
+
+__all__ = ["decode_request", "encode_metadata", "encode_response", "parse_json"]
+
+MOST_TENSORS = 4096
+
+
+def parse_json(body: bytes | memoryview, what: str) -> dict[str, Any]:
+    """The object in a JSON text; `Refused` (400) says where it is broken."""
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Refused(400, f"{what} is no JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise Refused(400, f"{what} must be a JSON object, and is {_kind(found)}.")
+    return found
+
+
+def decode_request(
+    model: str, version: str | None, body: bytes, header_length: str | None
+) -> tuple[InferRequest, frozenset[str] | None]:
+    """The request in a body, and the names of the outputs that shall be sent as raw bytes (None: all of them)."""
+    head, tail = _parts(body, header_length)
+    found = parse_json(head, "The request")
+    for name in found.keys() - {"id", "inputs", "outputs", "parameters"}:
+        raise Refused(400, f"The request has a field {name[:80]!r}; known are id, inputs, outputs and parameters.")
+    identity, parameters = found.get("id"), _object(found, "parameters", "The request")
+    if identity is not None and not isinstance(identity, str):
+        raise Refused(400, f"The request's id must be a text, and is {_kind(identity)}.")
+    inputs: dict[str, InferTensor] = {}
+    place = 0
+    for number, entry in enumerate(_list(found, "inputs")):
+        tensor, taken = _input(entry, number, tail[place:])
+        place += taken
+        if tensor.name in inputs:
+            raise Refused(400, f"Input '{tensor.name[:80]}' is given twice.")
+        inputs[tensor.name] = tensor
+    if place != len(tail):
+        raise Refused(400, f"There are {len(tail) - place} bytes behind the last tensor; each binary_data_size must say "
+                      "how many are its own.")  # fmt: skip
+    outputs, raw = _outputs(_list(found, "outputs") if "outputs" in found else [], parameters)
+    return InferRequest(model, version, identity, inputs, outputs, parameters), raw
+
+
+def _parts(body: bytes, header_length: str | None) -> tuple[bytes | memoryview, memoryview]:
+    """The JSON and the raw bytes."""
+    if header_length is None:
+        return body, memoryview(b"")
+    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 16):
+        raise Refused(400, f"Inference-Header-Content-Length is {header_length[:40]!r}; it must be a number of bytes.")
+    length = int(header_length)
+    if length > len(body):
+        raise Refused(400, f"Inference-Header-Content-Length is {length}, but the body has {len(body)} bytes.")
+    whole = memoryview(body)
+    return whole[:length], whole[length:]
+
+
+def _input(entry: Any, number: int, raw: memoryview) -> tuple[InferTensor, int]:
+    """One input, and how many of the raw bytes it took."""
+    where = f"Input {number}"
+    if not isinstance(entry, dict):
+        raise Refused(400, f"{where} must be an object, and is {_kind(entry)}.")
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise Refused(400, f"{where} has no name; give it the name of a column.")
+    where = f"Input '{name[:80]}'"
+    shape, datatype = entry.get("shape"), entry.get("datatype")
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise Refused(400, f"{where} must have a shape, a list of integers such as [100].")
+    if not isinstance(datatype, str):
+        raise Refused(400, f"{where} must have a datatype, such as INT64, FP32 or BYTES.")
+    size = _object(entry, "parameters", where).get("binary_data_size")
+    if size is not None:
+        if type(size) is not int or size < 0:
+            raise Refused(400, f"{where} has binary_data_size {size!r:.40}; it must be a number of bytes.")
+        if "data" in entry:
+            raise Refused(400, f"{where} has data and binary_data_size; send one of them.")
+        if size > len(raw):
+            raise Refused(400, f"{where} should have {size} bytes behind the JSON, but {len(raw)} are left.")
+        return decode_raw(raw[:size], name, datatype, shape, where), size
+    if not isinstance(entry.get("data"), list):
+        raise Refused(400, f"{where} has no data; send a list of values, or raw bytes with binary_data_size.")
+    return InferTensor(name, datatype, tuple(shape), _array(entry["data"], datatype, shape, where)), 0
+
+
+def _array(data: list[Any], datatype: str, shape: list[int], where: str) -> NDArray[Any]:
+    """Values out of JSON, flat or nested as the shape, as an array of that shape."""
+    dtype, size = numpy_dtype(datatype, where), check_shape(shape, where)
+    if dtype.hasobject:
+        flat = _flattened(data, where)
+        if not all(isinstance(value, str) for value in flat):
+            raise Refused(400, f"{where} is BYTES, and not all its data are texts.")
+        array = np.empty(len(flat), dtype=np.object_)
+        array[:] = [value.encode("utf-8", "surrogatepass") for value in flat]
+    else:
+        try:
+            array = np.array(data if not data or not isinstance(data[0], list) else _flattened(data, where))
+        except (ValueError, OverflowError) as error:
+            raise Refused(400, f"{where} has data that are no numbers: {error}.") from None
+        if array.ndim != 1:
+            raise Refused(400, f"{where} has lists among its data.")
+        _check_kind(array, dtype, datatype, where)
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)
+    if len(array) != size:
+        raise Refused(400, f"{where} has {len(array)} values; shape {shape} takes {size}.")
+    return array.reshape(shape)
+
+
+def _check_kind(array: NDArray[Any], dtype: np.dtype[Any], datatype: str, where: str) -> None:
+    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
+    if len(array) and array.dtype.kind not in allowed:
+        what = {"b": "Booleans", "i": "integers", "u": "integers", "f": "numbers"}[dtype.kind]
+        raise Refused(400, f"{where} is {datatype}, and not all its data are {what}.")
+    if dtype.kind in "iu" and len(array):
+        least, most = int(array.min()), int(array.max())
+        bounds = np.iinfo(dtype)
+        if least < bounds.min or most > bounds.max:
+            raise Refused(400, f"{where} holds {least if least < bounds.min else most}, which is no {datatype}.")
+
+
+def _flattened(data: list[Any], where: str) -> list[Any]:
+    """The entries of nested lists, in order."""
+    depth = 0
+    while any(isinstance(value, list) for value in data):
+        if not all(isinstance(value, list) for value in data):
+            raise Refused(400, f"{where} has lists among its data in some places and values in others.")
+        depth += 1
+        if depth > 8:
+            raise Refused(400, f"{where} has lists within lists within lists; at most 8 dimensions make sense here.")
+        data = [entry for value in data for entry in value]
+    return data
+
+
+def _outputs(entries: list[Any], parameters: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str] | None]:
+    everything = parameters.get("binary_data_output") is True
+    names: list[str] = []
+    raw: set[str] = set()
+    for number, entry in enumerate(entries):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise Refused(400, f"Output {number} must be an object with a name.")
+        given = _object(entry, "parameters", f"Output '{name[:80]}'")
+        if "classification" in given:
+            raise Refused(400, f"Output '{name[:80]}' asks for a classification, which this model does not make.")
+        if name not in names:
+            names.append(name)
+        if given.get("binary_data", everything) is True:
+            raw.add(name)
+    return tuple(names), None if everything and not names else frozenset(raw)
+
+
+def encode_response(response: InferResponse, raw: frozenset[str] | None) -> tuple[bytes, int | None]:
+    """The body, and where its JSON ends if raw bytes follow."""
+    outputs: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for tensor in response.outputs:
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if raw is None or tensor.name in raw:
+            tail.append(encode_raw(tensor.data))
+            entry["parameters"] = {"binary_data_size": len(tail[-1])}
+        elif tensor.data.dtype.hasobject:
+            entry["data"] = [value.decode("utf-8", "replace") for value in tensor.data.reshape(-1)]
+        else:
+            entry["data"] = np.ascontiguousarray(tensor.data).reshape(-1)
+        outputs.append(entry)
+    document: dict[str, Any] = {
+        "model_name": response.model,
+        "model_version": response.version,
+        "outputs": outputs,
+    }
+    if response.id is not None:
+        document["id"] = response.id
+    if response.parameters:
+        document["parameters"] = response.parameters
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return (head, None) if not tail else (b"".join([head, *tail]), len(head))
+
+
+def encode_metadata(metadata: ModelMetadata) -> dict[str, Any]:
+    def tensors(found: Sequence[Any]) -> list[dict[str, Any]]:
+        return [{"name": one.name, "datatype": one.datatype, "shape": list(one.shape)} for one in found]
+
+    return {
+        "name": metadata.name,
+        "versions": list(metadata.versions),
+        "platform": metadata.platform,
+        "inputs": tensors(metadata.inputs),
+        "outputs": tensors(metadata.outputs),
+    }
+
+
+def _list(found: Mapping[str, Any], name: str) -> list[Any]:
+    value = found.get(name)
+    if not isinstance(value, list):
+        raise Refused(400, f"The request must have '{name}', a list of tensors; it is {_kind(value)}.")
+    if len(value) > MOST_TENSORS:
+        raise Refused(400, f"The request has {len(value)} {name}; at most {MOST_TENSORS} make sense.")
+    return value
+
+
+def _object(found: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    value = found.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Refused(400, f"{where} has {name} that are {_kind(value)}; they must be an object.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return {
+        type(None): "missing",
+        bool: "a Boolean",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }[type(value)]
