@@ -16,7 +16,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from limaml.errors import ConfigError, DataError
+from limaml.serving.questions import SHADOWED, Answer, Question
 
-__all__ = ["Recorder", "Served", "ServedTask", "read_served"]
+__all__ = ["Recorder", "Served", "ServedTask", "read_served", "recording"]
 
 logger = logging.getLogger("limaml.serving.record")
 
@@ -168,6 +169,28 @@ class Recorder:
                 break
             file.unlink(missing_ok=True)
             excess -= sizes[file]
+
+
+def recording(recorder: Recorder, model: str) -> Callable[[Question, Answer], None]:
+    """An observer for `Service` that keeps what can be scored again: no draws, nothing answered without the store."""
+
+    def observe(question: Question, answer: Answer) -> None:
+        if answer.sampled or answer.store_down or SHADOWED in question.parameters or not recorder.wants():
+            return
+        columns = {name: column.repeated(question.rows).series() for name, column in question.columns.items()}
+        tasks = {
+            task: ServedTask(one.keys, one.owner.numpy(), one.found, one.count, one.event_time)
+            for task, one in answer.entries.items()
+        }
+        name, now = question.id or uuid.uuid4().hex, time.time_ns() // 1000
+        parameters = {key: value for key, value in question.parameters.items() if _is_plain(value)}
+        recorder.keep(Served(name, now, model, answer.version, parameters, pl.DataFrame(columns), answer.logits, tasks))
+
+    return observe
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _row(served: Served) -> dict[str, Any]:

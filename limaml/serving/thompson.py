@@ -1,7 +1,7 @@
 """How sure a score is, out of a store: draws of the meta embeddings (Thompson sampling), and the logits' deviations.
 
 A request asks with parameters: `sample` (true), `seed` (an integer: the same draw again), `scale` (a factor on the
-standard deviation, as `limaml.meta.calibrate` finds it; 1 unless given). The version must have been published with its
+standard deviation, as `limaml.meta.calibrate` finds it; 1 unless given), `logit_sd` (true: the deviations too). The version must have been published with its
 tasks' posteriors.
 """
 
@@ -33,25 +33,27 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks for: a draw (or not), its seed, and the factor on the standard deviation."""
+    """What a request asks for: a draw (or not), its seed, the factor on the standard deviation, the deviations (or not)."""
 
     sample: bool = False
     seed: int | None = None
     scale: float = 1.0
+    deviations: bool = False
 
 
 def sampling_of(parameters: Mapping[str, Any]) -> Sampling:
     """What the parameters of a request ask for; `Refused` names the one that makes no sense."""
-    sample, seed, scale = (parameters.get(name) for name in ("sample", "seed", "scale"))
-    if sample is not None and not isinstance(sample, bool):
-        raise Refused(400, f"Parameter 'sample' is {sample!r:.80}; it must be true or false.")
+    sample, seed, scale, sd = (parameters.get(name) for name in ("sample", "seed", "scale", "logit_sd"))
+    for name, value in (("sample", sample), ("logit_sd", sd)):
+        if value is not None and not isinstance(value, bool):
+            raise Refused(400, f"Parameter '{name}' is {value!r:.80}; it must be true or false.")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise Refused(400, f"Parameter 'seed' is {seed!r:.80}; it must be an integer.")
     if scale is not None and (
         isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf
     ):
         raise Refused(400, f"Parameter 'scale' is {scale!r:.80}; it must be a number of at least 0.")
-    return Sampling(bool(sample), seed, 1.0 if scale is None else float(scale))
+    return Sampling(bool(sample), seed, 1.0 if scale is None else float(scale), bool(sd))
 
 
 def posteriors_of(reader: Reader, entries: Mapping[str, Entries]) -> dict[str, Posterior]:

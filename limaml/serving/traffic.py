@@ -11,14 +11,22 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from limaml.errors import ConfigError
-from limaml.serving.tensors import InferRequest, InferResponse, Refused
+from limaml.errors import ConfigError, require
+from limaml.serving.questions import SHADOWED, Answer, Question
+from limaml.serving.scoring import Asked
+from limaml.serving.tensors import Refused
 
-__all__ = ["Shadow", "Split", "parse_split"]
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+__all__ = ["Shadow", "Split", "TrafficMetrics", "parse_split", "routed"]
+
+DIFFERENCES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 logger = logging.getLogger("limaml.serving.traffic")
 
@@ -76,54 +84,58 @@ def parse_split(options: Sequence[str]) -> Split:
 
 
 class Shadow:
-    """Scores requests with a second version after they were answered, and reports how far off it is.
+    """Scores questions with a second version after they were answered, and reports how far off it is.
 
-    No answer waits for it: a request's copy is scored when nothing else is (`busy` says whether something is), `most` of
+    No answer waits for it: a question is scored again when nothing else is (`busy` says whether something is), `most` of
     them wait at the most, and one that has waited `patience` seconds is given up. `observe` is called with what became of
-    each: "scored" and the absolute differences of all its floating outputs, or "dropped" or "failed" and nothing.
+    each: "scored" and the absolute differences of the logits, or "dropped" or "failed" and nothing.
     """
 
     def __init__(
         self,
         version: str,
-        infer: Callable[[InferRequest], Awaitable[InferResponse]],
+        answer: Callable[[Question], Awaitable[Answer]],
         observe: Callable[[str, NDArray[np.float64]], None],
         *,
         busy: Callable[[], bool] = lambda: False,
         most: int = 16,
         patience: float = 5.0,
     ) -> None:
-        self.version, self._infer, self._observe, self._busy = version, infer, observe, busy
+        self.version, self._answer, self._observe, self._busy = version, answer, observe, busy
         self._most, self._patience = most, patience
         self._running: set[asyncio.Task[None]] = set()
 
-    def after(self, request: InferRequest, response: InferResponse) -> None:
-        """Take note of an answered request; returns at once."""
-        if response.version == self.version:
+    def after(self, question: Question, answer: Answer) -> None:
+        """Take note of an answered question; returns at once."""
+        if answer.version == self.version or answer.sampled or answer.store_down:
             return
         if len(self._running) >= self._most:
             self._observe("dropped", np.zeros(0))
             return
-        task = asyncio.get_running_loop().create_task(self._score(request, response))
+        task = asyncio.get_running_loop().create_task(self._score(question, answer))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _score(self, request: InferRequest, response: InferResponse) -> None:
+    async def _score(self, question: Question, answer: Answer) -> None:
+        again = replace(question, version=self.version, parameters={**question.parameters, SHADOWED: True})
         try:
             async with asyncio.timeout(self._patience):
                 while self._busy():
                     await asyncio.sleep(0.001)
-                other = await self._infer(replace(request, version=self.version))
+                other = await self._answer(again)
+            if other.logits.shape != answer.logits.shape:
+                raise Refused(400, f"It scores {other.logits.shape[1]} labels, and not {answer.logits.shape[1]}.")
         except TimeoutError:
             self._observe("dropped", np.zeros(0))
         except Refused as refusal:
-            logger.info("Version %s refuses a request in the shadow: %s", self.version, refusal.message)
+            logger.warning("Version %s refuses a request in the shadow: %s", self.version, refusal.message)
             self._observe("failed", np.zeros(0))
         except Exception:
             logger.exception("Version %s failed in the shadow.", self.version)
             self._observe("failed", np.zeros(0))
         else:
-            self._observe("scored", differences(response, other))
+            off = np.abs(other.logits.astype(np.float64) - answer.logits).reshape(-1)
+            self._observe("scored", off)
 
     async def close(self) -> None:
         """Give up what waits."""
@@ -133,12 +145,49 @@ class Shadow:
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def differences(one: InferResponse, other: InferResponse) -> NDArray[np.float64]:
-    """|difference| of every number in the floating outputs that both have, of the same shape."""
-    outputs = {tensor.name: tensor.data for tensor in other.outputs}
-    found = [
-        np.abs(tensor.data.astype(np.float64) - outputs[tensor.name].astype(np.float64)).reshape(-1)
-        for tensor in one.outputs
-        if tensor.data.dtype.kind == "f" and tensor.name in outputs and outputs[tensor.name].shape == tensor.shape
-    ]
-    return np.concatenate(found) if found else np.zeros(0)
+class TrafficMetrics:
+    """What a split and a shadow add to a server's metrics."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        client = require("prometheus_client", "serve")
+        self._answers = client.Counter(
+            "limaml_version_answers_total", "Requests answered, by version.", ("version",), registry=registry
+        )
+        self._shadows = client.Counter(
+            "limaml_shadow_total",
+            "Requests scored in the shadow, by version and outcome: scored, dropped, failed.",
+            ("version", "outcome"),
+            registry=registry,
+        )
+        self._off = client.Histogram(
+            "limaml_shadow_logit_difference",
+            "|logit of the version in the shadow − the one that was answered|.",
+            ("version",),
+            registry=registry,
+            buckets=DIFFERENCES,
+        )
+
+    def answered(self, question: Question, answer: Answer) -> None:
+        """An observer for `Service`."""
+        if SHADOWED not in question.parameters:
+            self._answers.labels(answer.version).inc()
+
+    def shadowed(self, version: str) -> Callable[[str, NDArray[np.float64]], None]:
+        """An observer for `Shadow`."""
+
+        def observe(outcome: str, differences: NDArray[np.float64]) -> None:
+            self._shadows.labels(version, outcome).inc()
+            histogram = self._off.labels(version)
+            for difference in differences.tolist():
+                histogram.observe(difference)
+
+        return observe
+
+
+def routed(split: Split) -> Callable[[Question, Asked], str | None]:
+    """A split as `Service` wants it: by the tasks of the first type."""
+
+    def route(_: Question, asked: Asked) -> str | None:
+        return split.of(next(iter(asked.tasks.values())).keys)
+
+    return route

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limaml.errors import ConfigError
-from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, Refused
+from limaml.serving.questions import SHADOWED, Answer, Question
+from limaml.serving.scoring import Asked
+from limaml.serving.tensors import Refused
 from limaml.serving.traffic import Shadow, Split, parse_split
 
 KEYS = [str(key) for key in range(20_000)]
@@ -65,12 +67,12 @@ def test_splits_that_make_no_sense_are_refused(options: list[str], message: str)
         parse_split(options)
 
 
-def answer(version: str, *scores: float) -> InferResponse:
-    known = InferTensor.of("known", np.ones(len(scores), np.bool_))
-    return InferResponse("m", version, None, (InferTensor.of("score", np.array(scores, np.float32)), known))
+def answer(version: str, *logits: float, **more: bool) -> Answer:
+    values = np.array(logits, np.float32)[:, None]
+    return Answer(version, values, values, np.ones(len(logits), np.bool_), Asked(len(logits), {}, {}, {}), {}, **more)
 
 
-REQUEST = InferRequest("m", None, "r1", {})
+QUESTION = Question({}, 1, id="r1", parameters={"mood": "good"})
 
 
 class Seen:
@@ -85,23 +87,25 @@ class Seen:
         self.differences += differences.tolist()
 
 
-def test_a_shadow_scores_the_same_request_with_the_other_version() -> None:
-    asked: list[InferRequest] = []
+def test_a_shadow_scores_the_same_question_with_the_other_version() -> None:
+    asked: list[Question] = []
 
-    async def infer(request: InferRequest) -> InferResponse:
-        asked.append(request)
+    async def again(question: Question) -> Answer:
+        asked.append(question)
         return answer("v2", 0.5, 0.5)
 
     async def main() -> None:
-        shadow = Shadow("v2", infer, seen)
-        shadow.after(REQUEST, answer("v1", 0.5, 0.25))
-        shadow.after(REQUEST, answer("v2", 0.5, 0.5))  # a request that was pinned to it, say
+        shadow = Shadow("v2", again, seen)
+        shadow.after(QUESTION, answer("v1", 0.5, 0.25))
+        shadow.after(QUESTION, answer("v2", 0.5, 0.5))  # a request that was pinned to it, or its own
+        shadow.after(QUESTION, answer("v1", 0.5, 0.5, sampled=True))  # no two draws are alike
+        shadow.after(QUESTION, answer("v1", 0.5, 0.5, store_down=True))
         await asyncio.sleep(0.05)
         await shadow.close()
 
     seen = Seen()
     asyncio.run(main())
-    assert [(request.version, request.id) for request in asked] == [("v2", "r1")]
+    assert [(one.version, one.id, one.parameters) for one in asked] == [("v2", "r1", {"mood": "good", SHADOWED: True})]
     assert (seen.outcomes, seen.differences) == (["scored"], [0.0, 0.25])
 
 
@@ -109,20 +113,20 @@ def test_a_shadow_waits_until_nothing_is_busy_and_gives_up_what_waits_too_long()
     state = {"busy": True}
     started: list[str] = []
 
-    async def infer(request: InferRequest) -> InferResponse:
+    async def again(question: Question) -> Answer:
         started.append("begun")
         return answer("v2", 1.0)
 
     async def main() -> None:
-        shadow = Shadow("v2", infer, seen, busy=lambda: state["busy"], most=3, patience=0.3)
+        shadow = Shadow("v2", again, seen, busy=lambda: state["busy"], most=3, patience=0.3)
         for _ in range(5):
-            shadow.after(REQUEST, answer("v1", 1.0))  # returns at once, whatever the other version does
+            shadow.after(QUESTION, answer("v1", 1.0))  # returns at once, whatever the other version does
         await asyncio.sleep(0.05)
         assert started == [] and seen.outcomes == ["dropped", "dropped"]
         await asyncio.sleep(0.5)
         assert started == [] and seen.outcomes == ["dropped"] * 5
         state["busy"] = False
-        shadow.after(REQUEST, answer("v1", 1.0))
+        shadow.after(QUESTION, answer("v1", 1.0))
         await asyncio.sleep(0.05)
         await shadow.close()
 
@@ -131,14 +135,18 @@ def test_a_shadow_waits_until_nothing_is_busy_and_gives_up_what_waits_too_long()
     assert started == ["begun"] and seen.outcomes == ["dropped"] * 5 + ["scored"]
 
 
-@pytest.mark.parametrize("error", [Refused(404, "There is no such version."), RuntimeError("a bug")])
-def test_a_shadow_that_fails_is_counted(error: Exception) -> None:
-    async def infer(request: InferRequest) -> InferResponse:
-        raise error
+@pytest.mark.parametrize(
+    "outcome", [Refused(404, "There is no such version."), RuntimeError("a bug"), answer("v2", 1.0, 2.0)]
+)
+def test_a_shadow_that_fails_is_counted(outcome: Exception | Answer) -> None:
+    async def again(question: Question) -> Answer:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return Answer("v2", np.zeros((1, 2), np.float32), outcome.predictions, outcome.known, outcome.asked, {})
 
     async def main() -> None:
-        shadow = Shadow("v2", infer, seen)
-        shadow.after(REQUEST, answer("v1", 1.0))
+        shadow = Shadow("v2", again, seen)
+        shadow.after(QUESTION, answer("v1", 1.0))
         await asyncio.sleep(0.05)
         await shadow.close()
 
