@@ -2,6 +2,7 @@
 
 from limaml.store.contract import Estimate as Estimate
 from limaml.store.contract import Expired as Expired
+from limaml.store.contract import Forgotten as Forgotten
 from limaml.store.contract import Lookup as Lookup
 from limaml.store.contract import Pointer as Pointer
 from limaml.store.contract import Publication as Publication

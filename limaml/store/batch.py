@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,34 +13,46 @@ from numpy.typing import NDArray
 
 from limaml.errors import StoreError
 from limaml.store.contract import Lookup
+from limaml.store.hashing import LONGEST_ID, Texts, hash_one, hashes_of, id_bytes
 from limaml.store.packing import (
     COLD,
+    COLD_HASH,
     DTYPES,
+    LONGEST_PLAIN_ID,
     MAX_COUNT,
-    all_intact,
-    first_damaged,
     hashed,
     identities,
+    intact,
     pack,
     seal,
     unpack,
     value_size,
 )
+from limaml.store.runs import Run, merge, sort_order, spans_of
 
 __all__ = [
     "Batch",
     "Layout",
     "check_dims",
     "check_model",
+    "check_table",
+    "check_values",
+    "cold_rows",
     "cold_value",
+    "cold_vector",
     "damaged",
     "decode",
-    "id_of",
-    "merge",
+    "decoded",
+    "distinct",
+    "merged",
+    "name_of",
     "names_of",
+    "owners",
     "prepare",
+    "raw_of",
     "readable",
-    "table_of",
+    "text_of",
+    "texts_of",
 ]
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -58,9 +69,14 @@ class Layout:
     dtype: str
     prefix: bytes  # of the backend's keys
 
-    @property
+    @cached_property
     def size(self) -> int:
         return value_size(self.dim, self.dtype)
+
+    @cached_property
+    def seed(self) -> int:
+        """Part of the values' checks: a value of another version or task type is not taken for one of this."""
+        return hash_one(self.prefix)
 
     def where(self, task_id: str) -> str:
         return f"{self.task_type} {task_id!r} in version {self.version} of model '{self.model}'"
@@ -68,15 +84,35 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Values ready to be stored: distinct identities, ascending. `stale` were superseded inside the batch."""
+    """Values of distinct ids, ready to be stored. `stale` were superseded inside the batch."""
 
     layout: Layout
-    names: list[bytes]
-    values: list[bytes]
-    checks: NDArray[np.uint32]
-    count: NDArray[np.int64]
-    event_time: NDArray[np.int64]
+    run: Run
+    text_size: int  # bytes of the run's ids
     stale: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.run.rows.nbytes + self.text_size + 16 * len(self.run)
+
+    @cached_property
+    def raws(self) -> list[bytes]:
+        return [raw or b"" for raw in self.run.raws(slice(None))]
+
+    @cached_property
+    def names(self) -> list[bytes]:
+        """Keys."""
+        return [name_of(self.layout.prefix, raw) for raw in self.raws]
+
+    @cached_property
+    def values(self) -> list[bytes]:
+        """Values as they lie under the keys: an id that was hashed stands behind its value."""
+        rows = self.run.rows
+        values: list[bytes] = np.ascontiguousarray(rows).view(f"V{rows.shape[1]}")[:, 0].tolist()
+        for row, raw in enumerate(self.raws):
+            if len(raw) > LONGEST_PLAIN_ID:
+                values[row] += raw
+        return values
 
 
 def check_model(model: str) -> str:
@@ -125,53 +161,47 @@ def prepare(
     if n and (counts.min() < 0 or counts.max() > MAX_COUNT):
         row = int(np.argmax((counts < 0) | (counts > MAX_COUNT)))
         raise StoreError(f"The count of {layout.where(ids[row])} is {counts[row]}; it must be from 0 to {MAX_COUNT}.")
-    names = names_of(layout, ids)
-    packed = pack(array, counts, times, layout.dtype, ids, f"{layout.task_type} ")
-    values, checks = seal(packed, ids, names, len(layout.prefix))
-    return _ordered(Batch(layout, names, values, checks, counts, times))
+    texts = texts_of(layout, ids)
+    hashes = texts.hashes()
+    raw = texts.raw
+    order = sort_order(
+        hashes, lambda row: raw[(at := int(texts.starts[row])) : at + int(texts.lengths[row])], counts, times
+    )
+    rows = pack(array, counts, times, layout.dtype, ids, f"{layout.task_type} ", order)
+    hashes = hashes[order]
+    seal(rows, hashes + np.uint64(layout.seed))
+    return Batch(layout, Run(hashes, rows, spans_of(texts)[order], raw), len(raw) - 8, n - len(order))
 
 
-def merge(batches: Sequence[Batch]) -> Batch:
-    """Batches of one layout as one."""
+def merged(batches: Sequence[Batch]) -> Batch:
+    """Batches of one layout as one, in memory."""
     if len(batches) == 1:
         return batches[0]
-    return _ordered(
-        Batch(
-            batches[0].layout,
-            [name for batch in batches for name in batch.names],
-            [value for batch in batches for value in batch.values],
-            np.concatenate([batch.checks for batch in batches]),
-            np.concatenate([batch.count for batch in batches]),
-            np.concatenate([batch.event_time for batch in batches]),
-            sum(batch.stale for batch in batches),
+    layout, total = batches[0].layout, sum(len(batch.run) for batch in batches)
+    (run,) = merge([batch.run for batch in batches], [batch.text_size for batch in batches], max(1, total))
+    text = b"".join(batch.run.text[: batch.text_size] for batch in batches)
+    stale = sum(batch.stale for batch in batches) + total - len(run)
+    return Batch(layout, Run(run.hashes, run.rows, run.spans, text + bytes(8)), len(text), stale)
+
+
+def texts_of(layout: Layout, ids: Sequence[str]) -> Texts:
+    try:
+        if isinstance(ids, (str, bytes)):
+            raise TypeError
+        texts = Texts.of(ids)
+    except (AttributeError, TypeError):
+        raise _no_strings(layout, ids) from None
+    if len(ids) and int(texts.lengths.max()) >= LONGEST_ID:
+        raise StoreError(
+            f"An id of task type '{layout.task_type}' has {texts.lengths.max()} bytes; 16 MB are too many."
         )
-    )
+    return texts
 
 
-def _ordered(batch: Batch) -> Batch:
-    names = batch.names
-    if all(map(operator.lt, names, names[1:])):
-        return batch
-    rows = sorted(range(len(names)), key=names.__getitem__)
-    count, times = batch.count, batch.event_time
-    if any(names[one] == names[other] for one, other in pairwise(rows)):
-        best: dict[bytes, int] = {}
-        for row, name in enumerate(names):
-            kept = best.setdefault(name, row)
-            if (count[row], times[row]) > (count[kept], times[kept]):
-                best[name] = row
-        rows = sorted(best.values(), key=names.__getitem__)
-    index = np.asarray(rows, np.int64)
-    values = batch.values
-    return Batch(
-        batch.layout,
-        [names[row] for row in rows],
-        [values[row] for row in rows],
-        batch.checks[index],
-        count[index],
-        times[index],
-        batch.stale + len(names) - len(rows),
-    )
+def distinct(task_type: str, ids: Sequence[str]) -> list[bytes]:
+    """Ids in UTF-8, each once."""
+    texts_of(Layout("", "", task_type, 1, "float32", b""), ids)
+    return sorted(set(map(id_bytes, ids)))
 
 
 def cold_value(layout: Layout, vector: NDArray[np.floating[Any]]) -> bytes:
@@ -184,7 +214,19 @@ def cold_value(layout: Layout, vector: NDArray[np.floating[Any]]) -> bytes:
         )
     none = np.zeros(1, np.int64)
     packed = pack(array[None], none, none, layout.dtype, ["(cold)"], f"{layout.task_type} ")
-    return seal(packed, ["(cold)"], [layout.prefix + COLD], len(layout.prefix))[0][0]
+    return seal(packed, _cold_seed(layout)).tobytes()
+
+
+def cold_rows(layout: Layout, value: bytes) -> NDArray[np.uint8]:
+    """The cold embedding as a row `[1, size]`, checked."""
+    rows = np.frombuffer(value[: layout.size].ljust(layout.size, b"\0"), np.uint8).reshape(1, -1)
+    if len(value) != layout.size or not intact(rows, _cold_seed(layout)).all():
+        raise StoreError(damaged(layout, "(cold)"))
+    return rows
+
+
+def _cold_seed(layout: Layout) -> NDArray[np.uint64]:
+    return np.array([(COLD_HASH + layout.seed) % 2**64], np.uint64)
 
 
 def names_of(layout: Layout, ids: Sequence[str]) -> list[bytes]:
@@ -194,30 +236,65 @@ def names_of(layout: Layout, ids: Sequence[str]) -> list[bytes]:
             raise TypeError
         return identities(ids, layout.prefix)
     except (AttributeError, TypeError):
-        bad = [(row, each) for row, each in enumerate(ids) if not isinstance(each, str)]
-        found = f"{bad[0][1]!r} at position {bad[0][0]}" if bad and not isinstance(ids, (str, bytes)) else repr(ids)
-        raise StoreError(
-            f"Ids of task type '{layout.task_type}' must be a list of strings, as they were published; got {found}."
-        ) from None
+        raise _no_strings(layout, ids) from None
 
 
-def table_of(layout: Layout, names: Sequence[bytes], values: Sequence[bytes]) -> NDArray[np.uint8]:
+def _no_strings(layout: Layout, ids: Any) -> StoreError:
+    bad = [(row, each) for row, each in enumerate(ids) if not isinstance(each, str)]
+    found = f"{bad[0][1]!r} at position {bad[0][0]}" if bad and not isinstance(ids, (str, bytes)) else repr(ids)
+    return StoreError(
+        f"Ids of task type '{layout.task_type}' must be a list of strings, as they were published; got {found}."
+    )
+
+
+def name_of(prefix: bytes, raw: bytes) -> bytes:
+    """The key of an id in UTF-8."""
+    return prefix + b"\x00" + raw if len(raw) <= LONGEST_PLAIN_ID else prefix + hashed(raw)
+
+
+def raw_of(layout: Layout, name: bytes, value: bytes) -> bytes:
+    """The id in UTF-8 behind a key and its value."""
+    start = len(layout.prefix)
+    return name[start + 1 :] if name[start] == 0 else value[layout.size :]
+
+
+def text_of(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def owners(task_type: str) -> list[str]:
+    """The task types whose forgotten tasks it must not hold: itself, and `member` for `member.features`."""
+    places = [place for place, letter in enumerate(task_type) if letter == "." and place]
+    return [*(task_type[:place] for place in places), task_type]
+
+
+def check_values(layout: Layout, names: Sequence[bytes], values: Sequence[bytes]) -> NDArray[np.uint8]:
     """Stored values as rows `[n, size]`, each checked against its key. Raises `StoreError` naming a damaged one."""
-    size = layout.size
+    size, start = layout.size, len(layout.prefix)
     joined = b"".join(values)
-    if len(joined) != len(values) * size:
-        start = len(layout.prefix)
-        for name, value in zip(names, values, strict=True):
+    raws = [name[start + 1 :] for name in names]
+    if len(joined) != len(values) * size or any(name[start] for name in names):
+        for row, (name, value) in enumerate(zip(names, values, strict=True)):
             tail = value[size:]
             if len(value) < size or (hashed(tail) if name[start] == 1 else name[start:]) != name[start:]:
                 raise StoreError(damaged(layout, readable(layout, name)))
             if tail and name[start] != 1:
                 raise StoreError(damaged(layout, readable(layout, name)))
-        values = [value[:size] for value in values]
-        joined = b"".join(values)
-    if not all_intact(values, names):
-        raise StoreError(damaged(layout, readable(layout, names[first_damaged(values, names)])))
-    return np.frombuffer(joined, np.uint8).reshape(-1, size)
+            if tail:
+                raws[row] = tail
+        joined = b"".join(value[:size] for value in values)
+    table = np.frombuffer(joined, np.uint8).reshape(-1, size)
+    check_table(layout, table, hashes_of(raws), lambda row: readable(layout, names[row]))
+    return table
+
+
+def check_table(
+    layout: Layout, table: NDArray[np.uint8], hashes: NDArray[np.uint64], name: Callable[[int], str]
+) -> None:
+    """Raises `StoreError`, with the `name` of a row, if one of the values `[n, size]` is not what was written."""
+    fine = intact(table, hashes + np.uint64(layout.seed))
+    if not fine.all():
+        raise StoreError(damaged(layout, name(int(np.argmin(fine)))))
 
 
 def decode(
@@ -228,35 +305,34 @@ def decode(
     fill: bool = False,
 ) -> Lookup:
     """What a look-up found (`None`: not there) as arrays. Every value is checked; a damaged one raises `StoreError`."""
-    n = len(names)
-    if n and None not in values:
-        table = table_of(layout, names, values)  # type: ignore[arg-type]
-        return Lookup(layout.version, *_apart(layout, table, np.ones(n, np.bool_)))
+    here = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
+    table = check_values(layout, [name for name, _ in here], [value for _, value in here])
     found = np.array([value is not None for value in values], np.bool_)
+    return decoded(layout, table, found, cold, fill)
+
+
+def decoded(
+    layout: Layout, table: NDArray[np.uint8], found: NDArray[np.bool_], cold: bytes | None = None, fill: bool = False
+) -> Lookup:
+    """Values `[k, size]` of those of `n` ids that were found `[n]`, as arrays."""
+    vectors, count, event_time = unpack(table, layout.dim, layout.dtype)
+    n = len(found)
+    if len(table) == n:
+        return Lookup(layout.version, vectors, found, count, event_time)
     lookup = Lookup(layout.version, np.zeros((n, layout.dim), np.float32), found, *np.zeros((2, n), np.int64))
-    if found.any():
-        here = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
-        table = table_of(layout, [name for name, _ in here], [value for _, value in here])
-        lookup.vectors[found], _, lookup.count[found], lookup.event_time[found] = _apart(layout, table, found)
-    if fill and not found.all():
-        lookup.vectors[~found] = _cold_vector(layout, cold)
+    lookup.vectors[found], lookup.count[found], lookup.event_time[found] = vectors, count, event_time
+    if fill:
+        lookup.vectors[~found] = cold_vector(layout, cold)
     return lookup
 
 
-def _apart(
-    layout: Layout, table: NDArray[np.uint8], found: NDArray[np.bool_]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    vectors, count, event_time = unpack(table, layout.dim, layout.dtype)
-    return vectors, found, count, event_time
-
-
-def _cold_vector(layout: Layout, cold: bytes | None) -> NDArray[np.float32]:
+def cold_vector(layout: Layout, cold: bytes | None) -> NDArray[np.float32]:
     if cold is None:
         raise StoreError(
             f"Version {layout.version} of model '{layout.model}' has no cold embedding for task type "
             f"'{layout.task_type}': unknown ids cannot be filled. Publish one with put_cold, or leave fill out."
         )
-    vector: NDArray[np.float32] = decode(layout, [layout.prefix + COLD], [cold]).vectors[0]
+    vector: NDArray[np.float32] = unpack(cold_rows(layout, cold), layout.dim, layout.dtype)[0][0]
     return vector
 
 
@@ -273,13 +349,6 @@ def readable(layout: Layout, name: bytes) -> str:
     if own[:1] == b"\x00":
         return own[1:].decode("utf-8", "backslashreplace")
     return "(cold)" if own == COLD else f"(hashed id {own[1:].hex()})"
-
-
-def id_of(layout: Layout, name: bytes, value: bytes) -> str:
-    """The id behind a key and its value."""
-    start = len(layout.prefix)
-    raw = name[start + 1 :] if name[start] == 0 else value[layout.size :]
-    return raw.decode("utf-8", "surrogatepass")
 
 
 def _whole(numbers: NDArray[np.int64], what: str, n: int, whose: str) -> NDArray[np.int64]:

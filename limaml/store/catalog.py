@@ -69,6 +69,7 @@ class Tally:
     checksum: int = 0  # sum of the values' checks
     bytes: int = 0
     cold: int | None = None  # the cold embedding's check
+    runs: tuple[str, ...] = ()  # files, where the backend has such: what stands in a later one is of a higher revision
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,10 @@ def load_totals(raw: bytes | None) -> Totals:
     if raw is None:
         return Totals()
     found = json.loads(raw)
-    return Totals(found["watermark"], {name: Tally(**tally) for name, tally in found["types"].items()})
+    return Totals(
+        found["watermark"],
+        {name: Tally(**{**tally, "runs": tuple(tally["runs"])}) for name, tally in found["types"].items()},
+    )
 
 
 def load_pointers(raw: bytes | None) -> Pointers:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,21 @@ from numpy.typing import NDArray
 from limaml.errors import StoreError
 from limaml.store.batch import Batch, Layout, check_dims, check_model, prepare
 from limaml.store.catalog import Record, load_record, now
-from limaml.store.contract import Estimate, Expired, Lookup, Pointer, Size, Upserted, Version
+from limaml.store.contract import Estimate, Expired, Forgotten, Lookup, Pointer, Size, Upserted, Version
 from limaml.store.documents import Documents, Transactions
+from limaml.store.hashing import id_bytes
 from limaml.store.packing import value_size
 from limaml.store.publication import DEFAULT_BUFFER, BufferedPublication
 from limaml.store.version import VersionReader, VersionTarget, catalog_key, layouts_of, state_of
 
-__all__ = ["CataloguedStore", "Folders", "Hold"]
+__all__ = ["CataloguedStore", "Folders", "Hold", "Stored"]
+
+
+class Stored(NamedTuple):
+    """How many embeddings a write stored, and which ids (in UTF-8) it left out, as they are forgotten."""
+
+    applied: int
+    forgotten: set[bytes]
 
 
 class Hold(Protocol):
@@ -82,16 +90,23 @@ class CataloguedStore(ABC):
     def cold(self, layout: Layout) -> bytes | None: ...
 
     @abstractmethod
-    def pieces(self, layout: Layout, limit: int) -> Iterator[list[tuple[bytes, bytes]]]:
-        """Keys and values of a task type in the order of keys, up to `limit` at a time; not the cold embedding."""
+    def pieces(self, layout: Layout, limit: int) -> Iterator[tuple[list[str], Lookup]]:
+        """All embeddings of a task type, each once, up to `limit` at a time; not the cold embedding."""
 
     @abstractmethod
-    def present(self, layout: Layout, names: Sequence[bytes]) -> list[bool]: ...
+    def present(self, layout: Layout, ids: Sequence[str]) -> NDArray[np.bool_]: ...
 
     @abstractmethod
-    def write_batches(
-        self, model: str, version: str, batches: Sequence[Batch], states: Sequence[str], watermark: int | None = None
-    ) -> int: ...
+    def write_upserts(self, model: str, version: str, batch: Batch, watermark: int | None) -> Stored:
+        """One step: what is above the stored revisions, and not forgotten, into a version that is written or ready."""
+
+    @abstractmethod
+    def write_published(self, record: Record, layout: Layout, batches: Sequence[Batch]) -> Stored:
+        """The same of a publication, for batches of one task type."""
+
+    def compact(self, record: Record) -> None:
+        """Put a version that is whole now into the form in which it is read."""
+        return
 
     @abstractmethod
     def write_cold(self, model: str, version: str, layout: Layout, value: bytes) -> None: ...
@@ -102,6 +117,15 @@ class CataloguedStore(ABC):
     @abstractmethod
     def finish(self, record: Record, activate: bool, lease: Hold) -> int:
         """Make a verified version ready and, with `activate`, current: one step. Returns its bytes."""
+
+    @abstractmethod
+    def forget(self, task_type: str, ids: Sequence[str]) -> Forgotten: ...
+
+    @abstractmethod
+    def recall(self, task_type: str, ids: Sequence[str]) -> int: ...
+
+    @abstractmethod
+    def forgotten(self, task_type: str) -> list[str]: ...
 
     @abstractmethod
     def size(self) -> Size: ...
@@ -258,8 +282,9 @@ class CataloguedStore(ABC):
     ) -> Upserted:
         layout = self.used().read(lambda txn: self._layout(txn, model, version, task_type))
         batch = prepare(layout, ids, vectors, count, event_time)
-        applied = self.write_batches(model, version, [batch], ("writing", "ready"), watermark)
-        return Upserted(applied, len(ids) - applied)
+        done = self.write_upserts(model, version, batch, watermark)
+        kept_out = sum(id_bytes(task_id) in done.forgotten for task_id in ids) if done.forgotten else 0
+        return Upserted(done.applied, len(ids) - done.applied - kept_out, kept_out)
 
     def activate(self, model: str, version: str) -> None:
         def work(txn: Any) -> None:

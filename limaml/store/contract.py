@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Estimate",
     "Expired",
+    "Forgotten",
     "Lookup",
     "Pointer",
     "Publication",
@@ -79,10 +80,12 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Upserted:
-    """`applied` embeddings are in the store now; `stale` were not above what it had. Together: as many as were given."""
+    """`applied` embeddings are in the store now; `stale` were not above what it had; `forgotten` are of tasks that it must not
+    keep (`Store.forget`). Together: as many as were given."""
 
     applied: int
     stale: int
+    forgotten: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,21 @@ class Published:
     stale: int  # puts that a higher or equal revision of the same task made void
     bytes: int
     active: bool  # whether the pointer was flipped to it
+    forgotten: int = 0  # puts of tasks that the store must not keep (`Store.forget`)
 
 
 @dataclass(frozen=True)
 class Expired:
     removed: tuple[str, ...]
     held: tuple[str, ...]  # old enough to go, but read by somebody
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What `Store.forget` removed: model → version → embeddings. `tombstones` stand now for as many of the ids as had none."""
+
+    removed: Mapping[str, Mapping[str, int]]
+    tombstones: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ class Reader(Protocol):
         ...
 
     def ids(self, task_type: str) -> Iterator[str]:
-        """All ids, sorted by their UTF-8 bytes (ids above 400 bytes come last), read piece by piece."""
+        """All ids, each once, in the store's own order, read piece by piece."""
         ...
 
     def scan(self, task_type: str, batch: int = 4096) -> Iterator[tuple[list[str], Lookup]]:
@@ -185,8 +197,8 @@ class Publication(Protocol):
         ...
 
     def commit(self, *, expected: Mapping[str, int] | None = None, activate: bool = True) -> Published:
-        """Read everything back, compare counts (with `expected` as well, where given) and checksums, then make the
-        version ready and, with `activate`, the current one: *one step*."""
+        """Read everything back, compare counts (with `expected` as well, where given; forgotten tasks may be missing) and
+        checksums, then make the version ready and, with `activate`, the current one: *one step*."""
         ...
 
     def abandon(self) -> None:
@@ -288,6 +300,21 @@ class Store(Protocol):
 
     def verify(self, model: str, version: str | None = None) -> Mapping[str, int]:
         """Read a version back and compare counts and checksums; returns task type → count, or raises `StoreError`."""
+        ...
+
+    def forget(self, task_type: str, ids: Sequence[str]) -> Forgotten:
+        """Remove tasks from every version of every model, from `task_type` and from the types below it (`member` and
+        `member.features`), and leave tombstones: whatever is put or upserted of these tasks later, also by a publication that
+        is open now, is left out, in the same step that would have stored it. Once this returns, nobody reads them; if it is
+        killed, doing it again completes it."""
+        ...
+
+    def recall(self, task_type: str, ids: Sequence[str]) -> int:
+        """Take tombstones away: tasks that come back may be stored again. Returns how many there were."""
+        ...
+
+    def forgotten(self, task_type: str) -> list[str]:
+        """The ids of a task type that have a tombstone, sorted."""
         ...
 
     def put_model(self, folder: str | Path) -> str:

@@ -26,7 +26,7 @@ __all__ = ["Documents", "Transactions"]
 
 T = TypeVar("T")
 
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 class Transactions(Protocol):

@@ -42,8 +42,9 @@ class Environment:
         self.users = 0
         self._map_size = map_size
         self._env: Any = None
-        self.catalog: Any = None  # handles of the two databases, valid inside a transaction
+        self.catalog: Any = None  # handles of the databases, valid inside a transaction
         self.values: Any = None
+        self.forgotten: Any = None
         self._new_locks()
         with self._changed:
             self._begin_using()
@@ -103,7 +104,7 @@ class Environment:
         """Keys of the embeddings, bytes of the pages in use, bytes of the map file."""
 
         def count(txn: Any) -> tuple[int, int]:
-            found = [txn.stat(db=handle) for handle in (self.values, self.catalog)]
+            found = [txn.stat(db=handle) for handle in (self.values, self.catalog, self.forgotten)]
             pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in found)
             return found[0]["entries"], pages * found[0]["psize"]
 
@@ -171,7 +172,8 @@ class Environment:
                     if self._foreign():
                         self._stop_using()
                         raise StoreError(f"{self.path} is an LMDB database of another program; choose another folder.")
-                    self.catalog, self.values = self._env.open_db(b"catalog"), self._env.open_db(b"embeddings")
+                    names = (b"catalog", b"embeddings", b"forgotten")
+                    self.catalog, self.values, self.forgotten = map(self._env.open_db, names)
                     return
                 except lmdb.MapFullError:
                     self._map_size *= 2
@@ -187,7 +189,7 @@ class Environment:
     def _stop_using(self) -> None:
         if self._env is not None:
             self._env.close()
-        self._env = self.catalog = self.values = None
+        self._env = self.catalog = self.values = self.forgotten = None
 
     def _explained(self, error: lmdb.Error) -> StoreError:
         text = str(error)

@@ -1,39 +1,80 @@
-"""The embedded store: an LMDB environment in a folder, with lock files and copies of model folders beside it.
+"""The embedded store: an LMDB environment in a folder, with files of embeddings, lock files and model folders beside it.
 
     store/
-      data.mdb  lock.mdb         two databases: `catalog` (JSON documents) and `embeddings`
+      data.mdb  lock.mdb         databases `catalog` (JSON documents), `embeddings` (`lmdb_values`) and `forgotten` (`tombstones`)
+      runs/                      what was published, in sorted files (`run_files`)
       locks/                     publish.MODEL and read.VERSION: held by living processes
       models/DIGEST/             model folders
 
 Catalog keys: `layout`; per model `current/M` and `pointers/M`; per version `record/M/V` (what is fixed), `totals/M/V`
-(counts, checksums, watermark) and, while it may be read, `ready/M/V`. A write transaction that stores embeddings brings
-the totals up to date too, so that at any moment a version can be read back and compared.
+(counts, checksums, files, watermark) and, while it may be read, `ready/M/V`. A file counts from the transaction on that names it
+in the totals. A transaction that stores embeddings brings the totals up to date too, so that at any moment a version can be read
+back and compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from limaml.errors import StoreError
-from limaml.store.batch import Batch, Layout, check_model, decode, names_of
-from limaml.store.catalog import Record
-from limaml.store.catalogued import CataloguedStore, Hold
-from limaml.store.contract import Lookup, Size
+from limaml.store import tombstones
+from limaml.store.batch import (
+    Batch,
+    Layout,
+    check_model,
+    check_table,
+    decode,
+    decoded,
+    distinct,
+    names_of,
+    owners,
+    text_of,
+)
+from limaml.store.catalog import Record, Tally
+from limaml.store.catalogued import CataloguedStore, Hold, Stored
+from limaml.store.contract import Forgotten, Lookup, Size
 from limaml.store.documents import Documents
 from limaml.store.environment import DEFAULT_MAP_SIZE, Environment, acquire, release
+from limaml.store.hashing import hashes_of, id_bytes
 from limaml.store.lease import Lease
-from limaml.store.lmdb_values import estimate_bytes, key_prefix, remove_some, verify, walk, write, write_cold
+from limaml.store.lmdb_values import (
+    Change,
+    held,
+    hide,
+    key_prefix,
+    payload,
+    remove_some,
+    upsert,
+    verify,
+    walk,
+    write_cold,
+)
 from limaml.store.model_folders import ModelFolders
-from limaml.store.packing import COLD
-from limaml.store.publication import DEFAULT_BUFFER
+from limaml.store.packing import COLD, checks, checksum, newer, revisions
+from limaml.store.run_folder import RunFolder
+from limaml.store.runs import Run, merge
 from limaml.store.version import catalog_key, layouts_of, state_of
 
 __all__ = ["LmdbStore"]
 
+_T = TypeVar("_T")
 _REMOVED_PER_STEP = 20_000
+_BUFFER = 256 * 2**20
+"""Bytes of a publication that are gathered: what fits is one file; what does not is merged into one at the end."""
+
+
+@dataclass(frozen=True)
+class _View:
+    """What reading one task type of one version needs."""
+
+    layout: Layout
+    runs: tuple[Run, ...]
 
 
 class LmdbStore(CataloguedStore):
@@ -45,7 +86,7 @@ class LmdbStore(CataloguedStore):
         *,
         create: bool = True,
         map_size: int = DEFAULT_MAP_SIZE,
-        buffer_bytes: int = DEFAULT_BUFFER,
+        buffer_bytes: int = _BUFFER,
     ) -> None:
         self.path = Path(path).resolve()
         self._closed = True
@@ -59,10 +100,12 @@ class LmdbStore(CataloguedStore):
         self._closed = False
         self._catalog = Documents(self.environment)
         self._buffer_bytes = buffer_bytes
-        self._layouts: dict[tuple[bytes, str], Layout] = {}
+        self._views: dict[tuple[str, str], _View] = {}
+        self.runs = RunFolder(self.path / "runs")
         self.folders: ModelFolders = ModelFolders(self.path / "models", lambda: self._lease("models"))
         try:
             self._catalog.check_layout()
+            self._finish_erasing()
         except BaseException:
             self.close()
             raise
@@ -72,24 +115,23 @@ class LmdbStore(CataloguedStore):
         pointer = b"current/" + check_model(model).encode()
 
         def work(txn: Any) -> Lookup:
-            version = txn.get(pointer, db=environment.catalog)
-            if version is None:
+            raw = txn.get(pointer, db=environment.catalog)
+            if raw is None:
                 raise StoreError(self._catalog.nothing_served(txn, model))
-            layout = self._layouts.get((version, task_type))
-            if layout is None:
-                if len(self._layouts) > 1000:
-                    self._layouts.clear()
-                layout = self._layouts[version, task_type] = self._layout(txn, model, version.decode(), task_type)
-            return self._look(txn, layout, ids, fill)
+            version = raw.decode()
+            view = self._views.get((version, task_type))
+            if view is None:
+                view = self._view(txn, self._layout(txn, model, version, task_type))
+            return _look(txn, view, ids, fill)
 
-        return environment.read(work)
+        return self._reading(work)
 
     def look_up(self, layout: Layout, ids: Sequence[str], fill: bool) -> Lookup:
         def work(txn: Any) -> Lookup:
             self._still_there(txn, layout)
-            return self._look(txn, layout, ids, fill)
+            return _look(txn, self._view(txn, layout), ids, fill)
 
-        return self.used().read(work)
+        return self._reading(work)
 
     def cold(self, layout: Layout) -> bytes | None:
         environment = self.used()
@@ -101,9 +143,18 @@ class LmdbStore(CataloguedStore):
 
         return environment.read(work)
 
-    def pieces(self, layout: Layout, limit: int) -> Iterator[list[tuple[bytes, bytes]]]:
+    def pieces(self, layout: Layout, limit: int) -> Iterator[tuple[list[str], Lookup]]:
         # a transaction for each piece: one that lasts as long as its caller likes would keep old pages from reuse
         environment = self.used()
+
+        def begin(txn: Any) -> _View:
+            self._still_there(txn, layout)
+            return self._view(txn, layout)
+
+        view = self._reading(begin)
+        for piece in self._merged(view, limit):
+            raws = [raw or b"" for raw in piece.raws(slice(None))]
+            yield from self._reading(lambda txn, raws=raws: self._known(txn, view, raws))  # type: ignore[misc]
         after: bytes | None = None
         while True:
 
@@ -114,15 +165,29 @@ class LmdbStore(CataloguedStore):
             pairs = environment.read(work)
             if not pairs:
                 return
-            yield pairs
+            raws = [
+                name[len(layout.prefix) + 1 :] if len(value) == layout.size else value[layout.size :]
+                for name, value in pairs
+            ]
+            below = held(layout, raws, hashes_of(raws), [None] * len(raws), view.runs)[1].tolist()
+            fresh = [pair for pair, seen in zip(pairs, below, strict=True) if not seen]
+            if fresh:
+                lookup = decode(layout, [name for name, _ in fresh], [value for _, value in fresh])
+                yield [text_of(raw) for raw, seen in zip(raws, below, strict=True) if not seen], lookup
             after = pairs[-1][0]
 
-    def present(self, layout: Layout, names: Sequence[bytes]) -> list[bool]:
-        environment = self.used()
-        return environment.read(lambda txn: [txn.get(name, db=environment.values) is not None for name in names])
+    def present(self, layout: Layout, ids: Sequence[str]) -> NDArray[np.bool_]:
+        raws = list(map(id_bytes, ids))
+
+        def work(txn: Any) -> NDArray[np.bool_]:
+            return self._held(txn, layout, raws, self._runs(txn, layout))[1]
+
+        names_of(layout, ids)
+        return self.used().read(work)
 
     def verify(self, model: str, version: str | None = None) -> Mapping[str, int]:
         environment = self.used()
+        self._finish_erasing()
 
         def work(txn: Any) -> dict[str, int]:
             chosen = version or self._catalog.pointers(txn, model).current
@@ -130,39 +195,188 @@ class LmdbStore(CataloguedStore):
                 raise StoreError(self._catalog.nothing_served(txn, model))
             record = self._catalog.find(txn, model, chosen)
             totals = self._catalog.totals(txn, record)
-            return {
-                layout.task_type: verify(txn, environment.values, layout, totals.of(layout.task_type))
-                for layout in layouts_of(record).values()
-            }
+            counts = {}
+            for layout in layouts_of(record).values():
+                tally = totals.of(layout.task_type)
+                runs, sizes = self._open(layout, tally)
+                counts[layout.task_type] = verify(txn, environment.values, layout, tally, runs, sizes)
+            return counts
 
-        return environment.read(work)
+        return self._reading(work)
 
     def size(self) -> Size:
-        keys, used, on_disk = self.used().usage()
-        payload = sum(version.bytes for model in self.models() for version in self.versions(model))
-        return Size(keys, payload, used, on_disk)
+        _, used, on_disk = self.used().usage()
+        versions = [version for model in self.models() for version in self.versions(model)]
+        keys = sum(sum(version.counts.values()) + len(version.cold) for version in versions)
+        in_files, files_on_disk = self.runs.sizes()
+        return Size(keys, sum(version.bytes for version in versions), used + in_files, on_disk + files_on_disk)
 
-    def write_batches(
-        self, model: str, version: str, batches: Sequence[Batch], states: Sequence[str], watermark: int | None = None
-    ) -> int:
-        environment = self.used()
+    # ------------------------------------------------------------------------------------------------- writing
 
-        def work(txn: Any) -> int:
+    def write_upserts(self, model: str, version: str, batch: Batch, watermark: int | None) -> Stored:
+        environment, layout = self.used(), batch.layout
+
+        def work(txn: Any) -> Stored:
             record = self._catalog.find(txn, model, version)
-            if record.state not in states:
+            if record.state not in ("writing", "ready"):
                 raise StoreError(
                     f"Version {version} of model '{model}' is {state_of(record)}: it cannot be written to."
                 )
+            banned = tombstones.holds(txn, environment, layout.task_type, batch.raws)
+            allowed = replace(batch, run=batch.run.where(~np.array(banned))) if any(banned) else batch
             totals = self._catalog.totals(txn, record).seen(watermark)
-            applied = 0
-            for batch in batches:
-                task_type = batch.layout.task_type
-                tally, stored = write(txn, environment.values, batch, totals.of(task_type))
-                totals, applied = totals.having(task_type, tally), applied + stored
-            self._catalog.save_totals(txn, record, totals)
-            return applied
+            tally = totals.of(layout.task_type)
+            tally, applied = upsert(txn, environment.values, allowed, tally, self._open(layout, tally)[0])
+            self._catalog.save_totals(txn, record, totals.having(layout.task_type, tally))
+            return Stored(applied, {raw for raw, is_banned in zip(batch.raws, banned, strict=True) if is_banned})
 
         return environment.write(work)
+
+    def write_published(self, record: Record, layout: Layout, batches: Sequence[Batch]) -> Stored:
+        """The batches as one more file: written first, then named in the totals in one step."""
+        environment = self.used()
+        while True:
+            banned, totals = environment.read(
+                lambda txn: (
+                    tombstones.Banned(txn, environment, layout.task_type),
+                    self._catalog.totals(txn, record),
+                )
+            )
+            earlier, _ = self._open(layout, totals.of(layout.task_type))
+            adding = _Adding(layout, earlier, banned)
+            name, written = self.runs.write(
+                layout, [batch.run for batch in batches], [batch.text_size for batch in batches], adding.choose
+            )
+            if not written.rows:
+                self.runs.remove([name])
+                return Stored(0, adding.forgotten)
+            new = self.runs.run(layout, name)
+
+            def work(
+                txn: Any,
+                new: Run = new,
+                name: str = name,
+                adding: _Adding = adding,
+                earlier: tuple[Run, ...] = earlier,
+                total: int = written.checksum,
+            ) -> Stored | None:
+                found = self._catalog.find(txn, record.model, record.id)
+                if found.state != "writing":
+                    raise StoreError(
+                        f"Version {record.id} of model '{record.model}' is {state_of(found)}: it cannot be written to."
+                    )
+                if tombstones.changes(txn, environment) != adding.banned.changes:
+                    return None
+                totals = self._catalog.totals(txn, found)
+                tally = totals.of(layout.task_type)
+                change = Change(adding.fresh, total - adding.replaced, adding.bytes)
+                change, hidden, _ = hide(txn, environment.values, layout, new, earlier, change)
+                tally = replace(change.on(tally), runs=(*tally.runs, name))
+                self._catalog.save_totals(txn, found, totals.having(layout.task_type, tally))
+                return Stored(len(new) - hidden, adding.forgotten)
+
+            try:
+                done = environment.write(work)
+            except BaseException:
+                self.runs.remove([name])
+                raise
+            if done is not None:
+                return done
+            self.runs.remove([name])  # somebody was forgotten meanwhile
+
+    def compact(self, record: Record) -> None:
+        """Each task type of a version that was written in several files as one."""
+        environment = self.used()
+        for layout in layouts_of(record).values():
+            while True:
+                before, totals = environment.read(
+                    lambda txn: (tombstones.changes(txn, environment), self._catalog.totals(txn, record))
+                )
+                self._finish_erasing()
+                old = totals.of(layout.task_type).runs
+                if len(old) < 2:
+                    break
+                runs, sizes = self._open(layout, totals.of(layout.task_type))
+                name, _ = self.runs.write(layout, runs, sizes, lambda piece: np.ones(len(piece), np.bool_))
+
+                def work(txn: Any, name: str = name, before: int = before, layout: Layout = layout) -> bool:
+                    totals = self._catalog.totals(txn, record)
+                    if tombstones.changes(txn, environment) != before:
+                        return False
+                    tally = replace(totals.of(layout.task_type), runs=(name,))
+                    self._catalog.save_totals(txn, record, totals.having(layout.task_type, tally))
+                    return True
+
+                done = environment.write(work)
+                self.runs.remove(old if done else [name])
+                if done:
+                    break
+
+    # --------------------------------------------------------------------------------------------- forgetting
+
+    def forget(self, task_type: str, ids: Sequence[str]) -> Forgotten:
+        environment = self.used()
+        raws = distinct(task_type, ids)
+        hashes = hashes_of(raws)
+
+        def work(txn: Any) -> Forgotten:
+            removed: dict[str, dict[str, int]] = {}
+            for record in self._catalog.records(txn, None):
+                if record.state == "removing":
+                    continue
+                totals = self._catalog.totals(txn, record)
+                for layout in layouts_of(record).values():
+                    if task_type not in owners(layout.task_type):
+                        continue
+                    tally = totals.of(layout.task_type)
+                    runs, _ = self._open(layout, tally)
+                    table, found = self._held(txn, layout, raws, runs, lenient=True)
+                    there = [raws[row] for row in np.flatnonzero(found).tolist()]
+                    for name in names_of(layout, list(map(text_of, there))):
+                        txn.delete(name, db=environment.values)
+                    for file, run in zip(tally.runs, runs, strict=True):
+                        rows = run.find(raws, hashes)
+                        if (rows >= 0).any():
+                            tombstones.to_erase(txn, environment, file, rows[rows >= 0].tolist())
+                    size = sum(
+                        len(name) + layout.size + (len(raw) if name[len(layout.prefix)] else 0)
+                        for name, raw in zip(names_of(layout, list(map(text_of, there))), there, strict=True)
+                    )
+                    tally = Change().less(len(there), checksum(checks(table[found])), size).on(tally)
+                    totals = totals.having(layout.task_type, tally)
+                    versions = removed.setdefault(record.model, {})
+                    versions[record.id] = versions.get(record.id, 0) + len(there)
+                self._catalog.save_totals(txn, record, totals)
+            return Forgotten(removed, tombstones.add(txn, environment, task_type, raws))
+
+        done = environment.write(work)
+        self._finish_erasing()
+        return done
+
+    def recall(self, task_type: str, ids: Sequence[str]) -> int:
+        environment, raws = self.used(), distinct(task_type, ids)
+        return environment.write(lambda txn: tombstones.lift(txn, environment, task_type, raws))
+
+    def forgotten(self, task_type: str) -> list[str]:
+        environment = self.used()
+        return sorted(
+            environment.read(
+                lambda txn: [text_of(raw) for raw in tombstones.forgotten_ids(txn, environment, task_type)]
+            )
+        )
+
+    def gc(self) -> list[str]:
+        self._finish_erasing()
+        return super().gc()
+
+    def _finish_erasing(self) -> None:
+        """Overwrite what was forgotten. Whoever is killed before leaves it to the next who opens the store."""
+        environment = self.used()
+        found = environment.read(lambda txn: tombstones.list_erasures(txn, environment))
+        for _, name, rows in found:
+            self.runs.erase(name, rows)
+        if found:
+            environment.write(lambda txn: tombstones.erased(txn, environment, found))
 
     def write_cold(self, model: str, version: str, layout: Layout, value: bytes) -> None:
         environment = self.used()
@@ -203,22 +417,75 @@ class LmdbStore(CataloguedStore):
 
     # ------------------------------------------------------------------------------------------------------ pieces
 
-    def _look(self, txn: Any, layout: Layout, ids: Sequence[str], fill: bool) -> Lookup:
-        names = names_of(layout, ids)
-        cold = txn.get(layout.prefix + COLD) if fill else None
-        return decode(layout, names, list(map(txn.get, names)), cold, fill)
+    def _reading(self, work: Callable[[Any], _T]) -> _T:
+        """Twice, if need be: an embedding may be half erased, or a file gone, of a version that is so no more."""
+        environment = self.used()
+        try:
+            return environment.read(work)
+        except (StoreError, FileNotFoundError):
+            self._views.clear()
+        try:
+            return environment.read(work)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"A file of the store {self.path} is gone: {error.filename}. Roll back to another version, or publish again."
+            ) from None
+
+    def _view(self, txn: Any, layout: Layout) -> _View:
+        """Files of a version that is ready do not change."""
+        found = self._views.get((layout.version, layout.task_type))
+        if found is None:
+            if len(self._views) > 1000:
+                self._views.clear()
+            found = _View(layout, self._runs(txn, layout))
+            if txn.get(catalog_key("ready", layout.model, layout.version), db=self.used().catalog) is not None:
+                self._views[layout.version, layout.task_type] = found
+        return found
+
+    def _runs(self, txn: Any, layout: Layout) -> tuple[Run, ...]:
+        record = self._catalog.find(txn, layout.model, layout.version)
+        return self._open(layout, self._catalog.totals(txn, record).of(layout.task_type))[0]
+
+    def _open(self, layout: Layout, tally: Tally) -> tuple[tuple[Run, ...], list[int]]:
+        runs = tuple(self.runs.run(layout, name) for name in tally.runs)
+        return runs, [self.runs.text_size(layout, name) for name in tally.runs]
+
+    def _merged(self, view: _View, limit: int) -> Iterator[Run]:
+        (run,) = view.runs or (None,)  # a version that is ready has one file, or none
+        return iter(()) if run is None else merge([run], [0], limit)
+
+    def _known(self, txn: Any, view: _View, raws: list[bytes]) -> list[tuple[list[str], Lookup]]:
+        """The embeddings of ids that a run has, as they are now."""
+        self._still_there(txn, view.layout)
+        lookup = _look(txn, view, ids := list(map(text_of, raws)), False)
+        if lookup.found.all():
+            return [(ids, lookup)]
+        ids = [task_id for task_id, found in zip(ids, lookup.found.tolist(), strict=True) if found]
+        return [(ids, _look(txn, view, ids, False))] if ids else []
+
+    def _held(
+        self, txn: Any, layout: Layout, raws: list[bytes], runs: Sequence[Run], lenient: bool = False
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        names = names_of(layout, list(map(text_of, raws)))
+        upserted = [txn.get(name, db=self.used().values) for name in names]
+        return held(layout, raws, hashes_of(raws), upserted, runs, lenient)
 
     def _lease(self, name: str) -> Lease:
         return Lease(self.path / "locks" / name)
 
     def _estimated(self, number: int, value: int) -> int:
-        return estimate_bytes(number, 7 + 16, value)
+        return number * (8 + 8 + 2 + value + 16)
 
     def _begun(self, record: Record) -> None:
-        pass  # values need nothing before them
+        """Files that were written but not named before a publisher ended are no one's."""
+        totals = self.used().read(lambda txn: self._catalog.totals(txn, record))
+        named = {name for tally in totals.types.values() for name in tally.runs}
+        self.runs.remove([name for name in self.runs.of_version(record.number) if name not in named])
 
     def _delete_values(self, record: Record) -> None:
         environment, prefix = self.used(), key_prefix(record.number)
+        self._views.clear()
+        self.runs.remove(self.runs.of_version(record.number))
         while environment.write(lambda txn: remove_some(txn, environment.values, prefix, _REMOVED_PER_STEP)):
             pass
 
@@ -231,3 +498,54 @@ class LmdbStore(CataloguedStore):
     def _still_there(self, txn: Any, layout: Layout) -> None:
         if txn.get(catalog_key("ready", layout.model, layout.version), db=self.used().catalog) is None:
             raise StoreError(f"Version {layout.version} of model '{layout.model}' was removed; open the current one.")
+
+
+class _Adding:
+    """Chooses what of a publication is stored, beside what was stored before; and counts."""
+
+    def __init__(self, layout: Layout, earlier: Sequence[Run], banned: tombstones.Banned) -> None:
+        self.layout, self.earlier, self.banned = layout, earlier, banned
+        self.forgotten: set[bytes] = set()
+        self.fresh = self.replaced = self.bytes = 0
+
+    def choose(self, piece: Run) -> NDArray[np.bool_]:
+        gone = self.banned.mask(piece)
+        wanted = ~gone
+        if gone.any():
+            self.forgotten |= {raw or b"" for raw in piece.raws(np.flatnonzero(gone))}
+        found = np.zeros(len(piece), np.bool_)
+        if self.earlier:
+            raws = [raw or b"" for raw in piece.raws(slice(None))]
+            old, found = held(self.layout, raws, piece.hashes, [None] * len(raws), self.earlier)
+            wanted &= ~found | newer(*revisions(piece.rows), *revisions(old))
+            self.replaced += checksum(checks(old[wanted & found]))
+        fresh = wanted & ~found
+        self.fresh += int(fresh.sum())
+        self.bytes += payload(self.layout, piece if fresh.all() else piece.where(fresh))
+        return wanted
+
+
+def _look(txn: Any, view: _View, ids: Sequence[str], fill: bool) -> Lookup:
+    layout, runs = view.layout, view.runs
+    names = names_of(layout, ids)
+    upserted = list(map(txn.get, names))
+    cold = txn.get(layout.prefix + COLD) if fill else None
+    if not runs:
+        return decode(layout, names, upserted, cold, fill)
+    start, n = len(layout.prefix), len(names)
+    raws = [name[start + 1 :] for name in names]
+    for row, name in enumerate(names):
+        if name[start]:
+            raws[row] = id_bytes(ids[row])
+    hashes = hashes_of(raws)
+    if upserted.count(None) == n:
+        rows = runs[0].find(raws, hashes)
+        found = rows >= 0
+        table = runs[0].rows[rows if found.all() else rows[found]]
+    else:
+        table, found = held(layout, raws, hashes, upserted, runs)
+        table = table[found]
+    check_table(
+        layout, table, hashes if len(table) == n else hashes[found], lambda row: ids[int(np.flatnonzero(found)[row])]
+    )
+    return decoded(layout, table, found, cold, fill)

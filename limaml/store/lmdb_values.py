@@ -1,26 +1,32 @@
-"""The embeddings in LMDB: how they are written, walked, checked and removed inside one transaction.
+"""The embeddings of one version in the embedded store: those that were published, in runs, and those that were upserted, in LMDB.
 
-A key is the version's number (4 bytes, big-endian), the task type's place in the version (2 bytes), and the task's
-identity, so a version, and a task type of it, is one range of keys.
+A version's embeddings are published as few sorted files (`run_files`), which never change but for what is erased. Upserts lie in
+LMDB, under keys of the version's number (4 bytes, big-endian), the task type's place in the version (2 bytes), and the task's
+identity. An upsert hides the run's embedding of the same task, and a run that is written later hides an earlier one's: whatever
+hides is of a higher revision. All functions work inside one transaction.
 """
 
 from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from limaml.errors import StoreError
-from limaml.store.batch import Batch, Layout, damaged, table_of
+from limaml.store.batch import Batch, Layout, check_table, check_values, cold_rows, damaged, raw_of, text_of
 from limaml.store.catalog import Tally
-from limaml.store.packing import COLD, checks, checksum, newer, revisions
+from limaml.store.hashing import LONGEST_ID, hashes_of
+from limaml.store.packing import COLD, LONGEST_PLAIN_ID, checks, checksum, newer, revisions
+from limaml.store.run_files import sorted_well
+from limaml.store.runs import Run, merge
 
-__all__ = ["estimate_bytes", "key_prefix", "remove_some", "verify", "walk", "write", "write_cold"]
-
-_PAGE, _PAGE_HEADER, _NODE, _POINTER = 4096, 16, 8, 2
+__all__ = ["Change", "held", "hide", "key_prefix", "payload", "remove_some", "upsert", "verify", "walk", "write_cold"]
 
 
 def key_prefix(number: int, place: int | None = None) -> bytes:
@@ -28,40 +34,86 @@ def key_prefix(number: int, place: int | None = None) -> bytes:
     return struct.pack(">I", number) if place is None else struct.pack(">IH", number, place)
 
 
-def write(txn: Any, values: Any, batch: Batch, tally: Tally) -> tuple[Tally, int]:
+def held(
+    layout: Layout,
+    raws: Sequence[bytes],
+    hashes: NDArray[np.uint64],
+    upserted: Sequence[bytes | None],
+    runs: Sequence[Run],
+    lenient: bool = False,
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Values `[n, size]` of ids (zeros where there is none) and which there are `[n]`, not yet checked. `upserted` is what LMDB
+    has of them. `StoreError` if that has another size, unless `lenient`."""
+    n, size = len(raws), layout.size
+    missing = np.array([value is None for value in upserted], np.bool_)
+    table = np.zeros((n, size), np.uint8)
+    for row in np.flatnonzero(~missing).tolist():
+        value, raw = upserted[row] or b"", raws[row]
+        if len(value) < size or value[size:] != (raw if len(raw) > LONGEST_PLAIN_ID else b""):
+            if not lenient:
+                raise StoreError(damaged(layout, text_of(raw)))
+            value = value.ljust(size, b"\0")
+        table[row] = np.frombuffer(value, np.uint8, size)
+    found = ~missing
+    for run in reversed(runs):
+        rows = np.flatnonzero(~found)
+        if not len(rows):
+            break
+        places = run.find([raws[row] for row in rows.tolist()], hashes[rows])
+        rows, places = rows[places >= 0], places[places >= 0]
+        table[rows], found[rows] = run.rows[places], True
+    return table, found
+
+
+def upsert(txn: Any, values: Any, batch: Batch, tally: Tally, runs: Sequence[Run]) -> tuple[Tally, int]:
     """Store what is above the stored revisions; returns the tally after it, and how many were stored."""
-    if not batch.names:
+    layout, new = batch.layout, batch.run
+    if not len(new):
         return tally, 0
+    names, raws = batch.names, batch.raws
+    old, found = held(layout, raws, new.hashes, [txn.get(name, db=values) for name in names], runs)
+    there = np.flatnonzero(found)
+    check_table(layout, old[there], new.hashes[there], lambda row: text_of(raws[there[row]]))
+    above = ~found | newer(*revisions(new.rows), *revisions(old))
+    rows, stored = np.flatnonzero(above).tolist(), batch.values
     with txn.cursor(values) as cursor:
-        if not cursor.last() or cursor.key() < batch.names[0]:
-            pairs = list(zip(batch.names, batch.values, strict=True))
-            cursor.putmulti(pairs, append=True)
-            return _added(tally, pairs, len(pairs), checksum(batch.checks)), len(pairs)
-        old = list(map(txn.get, batch.names))
-        new_rows = [row for row, value in enumerate(old) if value is None]
-        held_rows = [row for row, value in enumerate(old) if value is not None]
-        replaced: list[int] = []
-        lost = 0
-        if held_rows:
-            held = table_of(batch.layout, [batch.names[row] for row in held_rows], [v for v in old if v is not None])
-            above = newer(batch.count[held_rows], batch.event_time[held_rows], *revisions(held))
-            replaced = [row for row, is_above in zip(held_rows, above.tolist(), strict=True) if is_above]
-            lost = checksum(checks(held)[above])
-        rows = sorted([*new_rows, *replaced])
-        cursor.putmulti([(batch.names[row], batch.values[row]) for row in rows])
-    fresh = [(batch.names[row], batch.values[row]) for row in new_rows]
-    return _added(tally, fresh, len(new_rows), checksum(batch.checks[rows]) - lost), len(rows)
+        cursor.putmulti(sorted((names[row], stored[row]) for row in rows))
+    fresh = above & ~found
+    change = Change(int(fresh.sum()), checksum(checks(new.rows[above])), payload(layout, new.where(fresh)))
+    return change.less(0, checksum(checks(old[above & found]))).on(tally), len(rows)
+
+
+class Change:
+    """What a step does to a tally."""
+
+    def __init__(self, count: int = 0, total: int = 0, size: int = 0) -> None:
+        self.count, self.total, self.size = count, total, size
+
+    def less(self, count: int, total: int, size: int = 0) -> Change:
+        return Change(self.count - count, self.total - total, self.size - size)
+
+    def on(self, tally: Tally) -> Tally:
+        return Tally(
+            tally.count + self.count, tally.checksum + self.total, tally.bytes + self.size, tally.cold, tally.runs
+        )
+
+
+def payload(layout: Layout, run: Run) -> int:
+    """Bytes of the keys and values of embeddings, as if all were in LMDB."""
+    lengths = (run.spans & np.uint64(LONGEST_ID)).astype(np.int64)
+    key = len(layout.prefix) + 1
+    return int(np.where(lengths <= LONGEST_PLAIN_ID, key + lengths, key + 32 + lengths).sum()) + len(run) * layout.size
 
 
 def write_cold(txn: Any, values: Any, layout: Layout, value: bytes, tally: Tally) -> Tally:
     key = layout.prefix + COLD
     txn.put(key, value, db=values)
     size = tally.bytes + (0 if tally.cold is not None else len(key) + len(value))
-    return Tally(tally.count, tally.checksum, size, int(checks(table_of(layout, [key], [value]))[0]))
+    return Tally(tally.count, tally.checksum, size, int(checks(cold_rows(layout, value))[0]), tally.runs)
 
 
 def walk(txn: Any, values: Any, layout: Layout, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
-    """Up to `limit` keys and values of a task type in the order of keys, from behind `after`; not the cold embedding."""
+    """Up to `limit` upserts of a task type in the order of keys, from behind `after`; not the cold embedding."""
     with txn.cursor(values) as cursor:
         if not cursor.set_range(layout.prefix if after is None else after + b"\x00"):
             return []
@@ -70,12 +122,63 @@ def walk(txn: Any, values: Any, layout: Layout, after: bytes | None, limit: int)
     return found if not found or found[-1][0] < end else found[: bisect_left(found, end, key=itemgetter(0))]
 
 
-def verify(txn: Any, values: Any, layout: Layout, tally: Tally) -> int:
-    """Read a task type back: every value's check, then the count and the checksum. Returns the count."""
-    count, total, after = 0, 0, None
+def _upserts(
+    txn: Any, values: Any, layout: Layout
+) -> Iterator[tuple[list[bytes], list[bytes], NDArray[np.uint64], NDArray[np.uint8]]]:
+    """Keys, ids, hashes and checked values of all upserts, piece by piece."""
+    after: bytes | None = None
     while pairs := walk(txn, values, layout, after, 8192):
-        names, found = zip(*pairs, strict=True)
-        count, total, after = count + len(pairs), total + checksum(checks(table_of(layout, names, found))), names[-1]
+        names, stored = [name for name, _ in pairs], [value for _, value in pairs]
+        raws = [raw_of(layout, name, value) for name, value in pairs]
+        yield names, raws, hashes_of(raws), check_values(layout, names, stored)
+        after = names[-1]
+
+
+def hide(
+    txn: Any, values: Any, layout: Layout, new: Run, earlier: Sequence[Run], change: Change
+) -> tuple[Change, int, bool]:
+    """A new run against the upserts that are there: those below it go, those above hide its embeddings. `change` is what the run
+    would do if there were none. Returns what it does, how many of it are hidden, and whether there are upserts."""
+    hidden, some = 0, False
+    for names, raws, hashes, table in _upserts(txn, values, layout):
+        some = True
+        places = new.find(raws, hashes)
+        for row in np.flatnonzero(places >= 0).tolist():
+            mine = new.where(places[row : row + 1])
+            before, found = held(layout, raws[row : row + 1], hashes[row : row + 1], [None], earlier)
+            if found[0]:  # the run took its place, which the upsert had already
+                change = change.less(0, checksum(checks(mine.rows)) - checksum(checks(before)))
+            else:
+                change = change.less(1, checksum(checks(mine.rows)), payload(layout, mine))
+            if newer(*revisions(mine.rows), *revisions(table[row : row + 1]))[0]:
+                txn.delete(names[row], db=values)
+                change = change.less(0, checksum(checks(table[row : row + 1])) - checksum(checks(mine.rows)))
+            else:
+                hidden += 1
+    return change, hidden, some
+
+
+def verify(txn: Any, values: Any, layout: Layout, tally: Tally, runs: Sequence[Run], text_sizes: Sequence[int]) -> int:
+    """Read a task type back: every embedding's check, then the count and the checksum. Returns the count."""
+    for run in runs:
+        if not sorted_well(run):
+            raise StoreError(
+                f"The hashes of task type '{layout.task_type}' in version {layout.version} of model '{layout.model}' are "
+                "damaged. Roll back to another version, or publish this one again."
+            )
+        for start in range(0, len(run), 32768):
+            part = run.part(start, start + 32768)
+            fine = part.sound(layout.seed)
+            if not fine.all():
+                raw = part.raws([int(np.argmin(fine))])[0] or b""
+                raise StoreError(damaged(layout, raw.decode("utf-8", "backslashreplace")))
+    count = total = 0
+    for piece in merge(runs, text_sizes) if runs else ():
+        count, total = count + len(piece), total + checksum(checks(piece.rows))
+    for _, raws, hashes, table in _upserts(txn, values, layout):
+        below, found = held(layout, raws, hashes, [None] * len(raws), runs)
+        count += len(raws) - int(found.sum())
+        total += checksum(checks(table)) - checksum(checks(below[found]))
     if count != tally.count or total != tally.checksum:
         raise StoreError(
             f"Version {layout.version} of model '{layout.model}' is not as it was written: task type "
@@ -83,9 +186,8 @@ def verify(txn: Any, values: Any, layout: Layout, tally: Tally) -> int:
             f"{tally.checksum} were put. Publish it again, or serve another version."
         )
     if tally.cold is not None:
-        key = layout.prefix + COLD
-        cold = txn.get(key, b"", db=values)
-        if int(checks(table_of(layout, [key], [cold]))[0]) != tally.cold:
+        cold = txn.get(layout.prefix + COLD, b"", db=values)
+        if int(checks(cold_rows(layout, cold))[0]) != tally.cold:
             raise StoreError(damaged(layout, "(cold)"))
     return count
 
@@ -100,21 +202,3 @@ def remove_some(txn: Any, values: Any, prefix: bytes, limit: int) -> int:
             removed += 1
             here = bool(cursor.key())
     return removed
-
-
-def estimate_bytes(keys: int, key: int, value: int) -> int:
-    """Pages that so many keys and values take, written in order (random order: up to half as much again)."""
-    node = _NODE + key + value
-    spare = 0
-    if node > (_PAGE - _PAGE_HEADER) // 2:  # the value gets pages of its own
-        spare = -(-(_PAGE_HEADER + value) // _PAGE) * _PAGE
-        node = _NODE + key + 8
-    node += node % 2 + _POINTER
-    leaves = -(-keys // ((_PAGE - _PAGE_HEADER) // node))
-    branches = -(-leaves * (_NODE + key + _POINTER) // (_PAGE - _PAGE_HEADER))
-    return (leaves + branches) * _PAGE + keys * spare
-
-
-def _added(tally: Tally, new: Sequence[tuple[bytes, bytes]], count: int, total: int) -> Tally:
-    size = sum(map(len, [key for key, _ in new])) + sum(map(len, [value for _, value in new]))
-    return Tally(tally.count + count, tally.checksum + total, tally.bytes + size, tally.cold)

@@ -1,14 +1,14 @@
 """One task's embedding as bytes: a header, then the vector, in a form that any backend can keep and compare.
 
     offset  size  content
-    0       1     format (1)
+    0       1     format (2)
     1       1     dtype: 0 float32, 1 float16, 2 int8
     2       2     dimension
     4       4     count: interactions that the embedding was computed from
     8       8     event time of the newest of them
     16      4     scale of an int8 vector (float32), else 1
-    20      …     the vector, filled with zeros to a multiple of 4 bytes
-    …       4     check: CRC-32 of the key and of all before
+    20      …     the vector, filled with zeros so that the check ends at a multiple of 8 bytes
+    …       4     check (`hashing`): of all before, of the task id, and of where the value lies
     …       …     the task id in UTF-8, where it was too long to be a key
 
 All numbers are little-endian. Count and event time are the *revision*; they stand at a fixed place so that a store can
@@ -18,29 +18,29 @@ compare two values where it keeps them. `n` values are packed and unpacked toget
 from __future__ import annotations
 
 import hashlib
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from limaml.errors import StoreError
+from limaml.store.hashing import check_rows, hash_one, id_bytes
 
 __all__ = [
     "COLD",
+    "COLD_HASH",
     "DTYPES",
+    "FORMAT",
     "HEADER",
     "LONGEST_PLAIN_ID",
     "MAX_COUNT",
-    "all_intact",
     "checks",
     "checksum",
-    "first_damaged",
     "hashed",
-    "id_bytes",
     "identities",
     "identity",
+    "intact",
     "newer",
     "pack",
     "revisions",
@@ -57,21 +57,18 @@ MAX_COUNT = 2**32 - 1
 LONGEST_PLAIN_ID = 400  # bytes; LMDB keys end at 511
 COLD = b"\x02"
 """The identity of a task type's cold embedding. No id has it: ids start with byte 0 or 1."""
+COLD_HASH = hash_one(b"cold embedding")
+"""What its check has in place of an id's hash."""
+FORMAT = 2
+"""The first byte of every value; 0 stands where a value was erased."""
 
-_FORMAT = 1
 _CHECK = 4
-_RESIDUE = 0x2144DF1C  # the CRC-32 of anything that ends in its own CRC-32
 _STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
 
 
 def value_size(dim: int, dtype: str) -> int:
-    """Bytes of one packed value: 24 and the vector, a multiple of 4."""
-    return HEADER.itemsize + -(-dim * _STORED[dtype].itemsize // 4) * 4 + _CHECK
-
-
-def id_bytes(task_id: str) -> bytes:
-    """The id in UTF-8, also where it holds half of a surrogate pair."""
-    return task_id.encode("utf-8", "surrogatepass")
+    """Bytes of one packed value: 24 and the vector, a multiple of 8."""
+    return -(-(HEADER.itemsize + dim * _STORED[dtype].itemsize + _CHECK) // 8) * 8
 
 
 def identity(task_id: str) -> bytes:
@@ -104,8 +101,10 @@ def pack(
     dtype: str,
     ids: Sequence[str],
     where: str = "",
+    order: NDArray[np.int64] | None = None,
 ) -> NDArray[np.uint8]:
-    """Pack vectors `[n, dim]` with their revisions `[n]` into bytes `[n, value_size(dim, dtype)]`, not yet sealed.
+    """Pack vectors `[n, dim]` with their revisions `[n]` into bytes `[n, value_size(dim, dtype)]`, not yet sealed; where
+    rows are given as `order`, these.
 
     float32 is exact, float16 is off by at most 2⁻¹¹ of the number (and 2⁻²⁵ near zero), int8 by at most half its scale,
     which is the vector's largest absolute number / 127. Raises `StoreError` naming the id whose vector has a number that
@@ -113,19 +112,26 @@ def pack(
     """
     n, dim = vectors.shape
     single = _finite(np.asarray(vectors), dtype, ids, where)
-    packed = np.zeros((n, value_size(dim, dtype)), np.uint8)
+    rows = np.arange(n) if order is None else order
+    n = len(rows)
+    packed = np.empty((n, value_size(dim, dtype)), np.uint8)
     header = packed[:, : HEADER.itemsize].view(HEADER)[:, 0]
-    header["format"], header["dtype"], header["dim"] = _FORMAT, DTYPES.index(dtype), dim
-    header["count"], header["event_time"], header["scale"] = count, event_time, 1.0
+    header["format"], header["dtype"], header["dim"] = FORMAT, DTYPES.index(dtype), dim
+    header["count"], header["event_time"], header["scale"] = count[rows], event_time[rows], 1.0
     stored: NDArray[Any]
     if dtype == "int8":
         scale = _scales(single)
-        header["scale"] = scale
+        header["scale"] = scale[rows]
         divisor = np.where(scale > 0, scale, 1)[:, None].astype(np.float64)
         stored = np.clip(np.rint(single / divisor), -127, 127).astype("i1")
     else:
-        stored = single.astype(_STORED[dtype])
-    packed[:, HEADER.itemsize : HEADER.itemsize + stored.itemsize * dim] = np.ascontiguousarray(stored).view(np.uint8)
+        stored = single.astype(_STORED[dtype], copy=False)
+    end = HEADER.itemsize + stored.itemsize * dim
+    step = max(1, 2**19 // packed.shape[1])  # of what stays in a core's cache
+    for start in range(0, n, step):
+        part = stored[rows[start : start + step]]
+        packed[start : start + step, HEADER.itemsize : end] = part.view(np.uint8)
+    packed[:, end:] = 0
     return packed
 
 
@@ -137,7 +143,7 @@ def unpack(
     Raises `StoreError` if a header does not say this dimension and dtype.
     """
     words = packed.view("<u4")
-    if (words[:, 0] != _FORMAT + (DTYPES.index(dtype) << 8) + (dim << 16)).any():
+    if (words[:, 0] != FORMAT + (DTYPES.index(dtype) << 8) + (dim << 16)).any():
         raise StoreError(f"A stored value is damaged: its header is not that of {dim} numbers in {dtype}.")
     kind = _STORED[dtype]
     vectors = packed[:, HEADER.itemsize : HEADER.itemsize + kind.itemsize * dim].view(kind).astype(np.float32)
@@ -151,40 +157,22 @@ def revisions(packed: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.
     return packed[:, 4:8].view("<u4")[:, 0].astype(np.int64), packed[:, 8:16].view("<i8")[:, 0].astype(np.int64)
 
 
-def seal(
-    packed: NDArray[np.uint8], ids: Sequence[str], names: Sequence[bytes], start: int = 0
-) -> tuple[list[bytes], NDArray[np.uint32]]:
-    """Values ready to be stored under the keys `names` (a prefix of `start` bytes, then the identity), and their checks.
-
-    An id that was hashed is kept in its value, so that it can be listed, and compared when it is read.
-    """
-    found = np.fromiter(map(zlib.crc32, _rows(packed[:, :-_CHECK]), map(zlib.crc32, names)), np.uint32, len(names))
-    packed[:, -_CHECK:].view("<u4")[:, 0] = found
-    values = _rows(packed)
-    for row, name in enumerate(names):
-        if name[start] == 1:
-            values[row] += id_bytes(ids[row])
-    return values, found
+def seal(packed: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """The same values, each with its check: ready to be stored."""
+    packed[:, -_CHECK:].view("<u4")[:, 0] = check_rows(packed, seeds)
+    return packed
 
 
-def _rows(packed: NDArray[np.uint8]) -> list[bytes]:
-    rows: list[bytes] = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}")[:, 0].tolist()
-    return rows
-
-
-def all_intact(values: Sequence[bytes], names: Iterable[bytes]) -> bool:
-    """Whether every value (without a trailing id) is what was stored under its key."""
-    return set(map(zlib.crc32, values, map(zlib.crc32, names))) <= {_RESIDUE}
-
-
-def first_damaged(values: Sequence[bytes], names: Sequence[bytes]) -> int:
-    """The first value that is not what was stored under its key."""
-    return next(row for row, pair in enumerate(zip(values, names, strict=True)) if not all_intact([pair[0]], [pair[1]]))
+def intact(packed: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each value `[n, size]` is what was stored under its key."""
+    fine: NDArray[np.bool_] = check_rows(packed, seeds) == checks(packed)
+    return fine
 
 
 def checks(packed: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """The check `[n]` that each value carries."""
-    return packed[:, -_CHECK:].view("<u4")[:, 0]
+    found: NDArray[np.uint32] = packed[:, -_CHECK:].view("<u4")[:, 0]
+    return found
 
 
 def checksum(found: NDArray[np.uint32]) -> int:

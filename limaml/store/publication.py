@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from limaml.errors import StoreError
-from limaml.store.batch import Batch, Layout, cold_value, merge, prepare
+from limaml.store.batch import Batch, Layout, cold_value, prepare, text_of
 from limaml.store.contract import Published
+
+if TYPE_CHECKING:
+    from limaml.store.catalogued import Stored
 
 __all__ = ["DEFAULT_BUFFER", "BufferedPublication", "Target"]
 
@@ -29,8 +32,12 @@ class Target(Protocol):
     @property
     def valid(self) -> bool: ...
 
-    def write(self, batches: Sequence[Batch]) -> int:
-        """Store what is above the stored revisions: *one step*. Returns how many were stored."""
+    def write(self, layout: Layout, batches: Sequence[Batch]) -> Stored:
+        """Store what is above the stored revisions, and not forgotten."""
+        ...
+
+    def forgotten(self, task_type: str) -> set[str]:
+        """Ids that must not be stored."""
         ...
 
     def write_cold(self, layout: Layout, value: bytes) -> None: ...
@@ -38,7 +45,7 @@ class Target(Protocol):
     def written(self, layout: Layout, ids: Sequence[str]) -> NDArray[np.bool_]: ...
 
     def verify(self) -> Mapping[str, int]:
-        """Read everything back; task type → count."""
+        """Put everything in its final form and read it back; task type → count."""
         ...
 
     def finish(self, activate: bool) -> int:
@@ -62,6 +69,9 @@ class BufferedPublication:
         self._cold: dict[str, bytes] = {}
         self._bytes = 0
         self._put = self._applied = 0
+        self._forgotten_puts: dict[str, int] = {}
+        self._left_out: dict[str, set[str]] = {}
+        self._forgotten_before = {task_type: target.forgotten(task_type) for task_type in target.layouts}
         self._over = ""
         self._process = os.getpid()
 
@@ -81,7 +91,7 @@ class BufferedPublication:
         batch = prepare(self._layout(task_type), ids, vectors, count, event_time)
         self._pending.setdefault(task_type, []).append(batch)
         self._put += len(ids)
-        self._bytes += sum(map(len, batch.values)) + sum(map(len, batch.names))
+        self._bytes += batch.nbytes
         if self._bytes >= self._limit:
             self._flush()
 
@@ -102,14 +112,13 @@ class BufferedPublication:
             self._target.write_cold(self._layout(task_type), value)
         counts = self._target.verify()
         for task_type, number in (expected or {}).items():
-            if counts.get(task_type, 0) != number:
-                raise StoreError(
-                    f"Version {self.version} has {counts.get(task_type, 0)} embeddings of task type '{task_type}', but "
-                    f"{number} were expected. It is not served: put the missing ones and commit again, or abandon it."
-                )
+            self._compare(task_type, counts.get(task_type, 0), number)
         size = self._target.finish(activate)
         self._end("committed")
-        return Published(self.version, counts, self._applied, self._put - self._applied, size, activate)
+        kept_out = sum(self._forgotten_puts.values())
+        return Published(
+            self.version, counts, self._applied, self._put - self._applied - kept_out, size, activate, kept_out
+        )
 
     def abandon(self) -> None:
         self._check()
@@ -131,9 +140,28 @@ class BufferedPublication:
     def _flush(self) -> None:
         if not self._pending:
             return
-        pending = [merge(self._pending[name]) for name in self._target.layouts if name in self._pending]
-        self._applied += self._target.write(pending)
+        for task_type, batches in self._pending.items():
+            done = self._target.write(self._layout(task_type), batches)
+            self._applied += done.applied
+            if done.forgotten:
+                left_out = self._left_out.setdefault(task_type, set())
+                left_out |= set(map(text_of, done.forgotten))
+                times = sum(raw in done.forgotten for batch in batches for raw in batch.raws)
+                self._forgotten_puts[task_type] = self._forgotten_puts.get(task_type, 0) + times
         self._pending, self._bytes = {}, 0
+
+    def _compare(self, task_type: str, count: int, expected: int) -> None:
+        """What is missing must have been forgotten: left out when it was put, or removed since."""
+        left_out = self._left_out.get(task_type, set())
+        since: set[str] = set()
+        if count != expected:
+            since = self._target.forgotten(task_type) - self._forgotten_before.get(task_type, set())
+        if not len(left_out) <= expected - count <= len(left_out | since):
+            raise StoreError(
+                f"Version {self.version} has {count} embeddings of task type '{task_type}', but {expected} were expected"
+                f"{f' ({len(left_out)} of them are forgotten)' if left_out else ''}. It is not served: put the missing ones "
+                "and commit again, or abandon it."
+            )
 
     def _layout(self, task_type: str) -> Layout:
         found = self._target.layouts.get(task_type)

@@ -17,11 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from limaml.errors import StoreError
-from limaml.store.batch import Batch, Layout, check_model, decode, names_of
+from limaml.store.batch import Batch, Layout, check_model, decode, distinct, merged, names_of, owners
 from limaml.store.catalog import Record, Totals
-from limaml.store.catalogued import CataloguedStore, Hold
-from limaml.store.contract import Lookup, Size
+from limaml.store.catalogued import CataloguedStore, Hold, Stored
+from limaml.store.contract import Forgotten, Lookup, Size
 from limaml.store.packing import COLD
 from limaml.store.publication import DEFAULT_BUFFER
 from limaml.store.redis_folders import RedisFolders
@@ -116,20 +119,18 @@ class RedisStore(CataloguedStore):
     def cold(self, layout: Layout) -> bytes | None:
         return self._values_of(layout, [layout.prefix + COLD])[0]
 
-    def pieces(self, layout: Layout, limit: int) -> Iterator[list[tuple[bytes, bytes]]]:
-        """The ids of a task type are read whole, to put them in order; values piece by piece."""
+    def pieces(self, layout: Layout, limit: int) -> Iterator[tuple[list[str], Lookup]]:
         self.used()
-        names = self._values.names(layout)
-        for start in range(0, len(names), limit):
-            part = names[start : start + limit]
-            values = self._values_of(layout, part)
-            yield [(name, value) for name, value in zip(part, values, strict=True) if value is not None]
-        if not names:
+        some = False
+        for ids, names, values in self._values.pieces(layout, limit):
+            some = True
+            yield ids, decode(layout, names, values)
+        if not some:
             self._values_of(layout, [layout.prefix + COLD])  # an empty version, or one that is gone?
 
-    def present(self, layout: Layout, names: Sequence[bytes]) -> list[bool]:
+    def present(self, layout: Layout, ids: Sequence[str]) -> NDArray[np.bool_]:
         self.used()
-        return self._values.present(layout, names)
+        return np.array(self._values.present(layout, names_of(layout, ids)), np.bool_)
 
     def verify(self, model: str, version: str | None = None) -> Mapping[str, int]:
         record = self._record(model, version or self._current(model))
@@ -146,16 +147,53 @@ class RedisStore(CataloguedStore):
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def write_batches(
-        self, model: str, version: str, batches: Sequence[Batch], states: Sequence[str], watermark: int | None = None
-    ) -> int:
+    def write_upserts(self, model: str, version: str, batch: Batch, watermark: int | None) -> Stored:
         self.used()
-        whole = "ready" in states  # an upsert is one step; a version that is being written is filled in several
-        parts = [part for batch in batches for part in ([batch] if whole else _parts(batch))]
-        applied = sum(self._values.write(part) for part in parts)
+        done = self._values.write(batch)
         if watermark is not None:  # after the embeddings: it never says more than there is
             self._server.write(lambda txn: self._seen(txn, model, version, watermark))
-        return applied
+        return done
+
+    def write_published(self, record: Record, layout: Layout, batches: Sequence[Batch]) -> Stored:
+        self.used()
+        whole, applied, forgotten = merged(batches), 0, set[bytes]()
+        for start in range(0, len(whole.run), _AT_ONCE):
+            part = replace(whole, run=whole.run.part(start, start + _AT_ONCE))
+            stored, left_out = self._values.write(part)
+            applied, forgotten = applied + stored, forgotten | left_out
+        return Stored(applied, forgotten)
+
+    def forget(self, task_type: str, ids: Sequence[str]) -> Forgotten:
+        self.used()
+        raws, done = distinct(task_type, ids), set[str]()
+        removed: dict[str, dict[str, int]] = {}
+        tombstones = 0
+        while True:
+            # a version that begins meanwhile may have taken some in before the tombstones stood, but none after
+            records = self._server.read(lambda txn: self._catalog.records(txn, None))
+            new = [record for record in records if record.id not in done and record.state != "removing"]
+            if not new and done:
+                return Forgotten(removed, tombstones)
+            layouts = [
+                layout
+                for record in new
+                for layout in layouts_of(record).values()
+                if task_type in owners(layout.task_type)
+            ]
+            added, lost = self._values.forget(task_type, raws, layouts)
+            tombstones += added
+            for layout, count in zip(layouts, lost, strict=True):
+                versions = removed.setdefault(layout.model, {})
+                versions[layout.version] = versions.get(layout.version, 0) + count
+            done |= {record.id for record in new} | {""}
+
+    def recall(self, task_type: str, ids: Sequence[str]) -> int:
+        self.used()
+        return self._values.recall(task_type, distinct(task_type, ids))
+
+    def forgotten(self, task_type: str) -> list[str]:
+        self.used()
+        return self._values.forgotten(task_type)
 
     def write_cold(self, model: str, version: str, layout: Layout, value: bytes) -> None:
         self.used()
@@ -257,16 +295,3 @@ def _with_cold(layout: Layout, names: list[bytes], fill: bool) -> list[bytes]:
 def _decoded(layout: Layout, names: list[bytes], values: list[bytes | None], fill: bool) -> Lookup:
     cold = values.pop() if fill else None
     return decode(layout, names, values, cold, fill)
-
-
-def _parts(batch: Batch) -> Iterator[Batch]:
-    for start in range(0, len(batch.names), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        yield replace(
-            batch,
-            names=batch.names[part],
-            values=batch.values[part],
-            checks=batch.checks[part],
-            count=batch.count[part],
-            event_time=batch.event_time[part],
-        )

@@ -4,7 +4,9 @@ One task type of one version is spread over *buckets* (16, or as many as the sto
 identity. A bucket is a hash from identity to packed value, and beside it a *header*: its count, checksum and bytes. Both have
 the same hash tag, so that they are in one slot of a cluster and one script changes them together; the tags are chosen so that
 buckets lie evenly over the slots.
-A bucket without a header belongs to a version that was removed: nothing can be written into it any more.
+A bucket without a header belongs to a version that was removed: nothing can be written into it any more. A third key with that
+tag, a hash of all versions, holds the tombstones of the bucket's tasks: task type and identity → the id, where it was hashed. The
+script that writes reads it, and the one that forgets removes and forbids in one step.
 """
 
 from __future__ import annotations
@@ -16,8 +18,20 @@ from functools import cache
 from typing import Any
 
 from limaml.errors import StoreError
-from limaml.store.batch import Batch, Layout, damaged, readable, table_of
+from limaml.store.batch import (
+    Batch,
+    Layout,
+    check_values,
+    cold_rows,
+    damaged,
+    name_of,
+    owners,
+    raw_of,
+    readable,
+    text_of,
+)
 from limaml.store.catalog import Tally
+from limaml.store.catalogued import Stored
 from limaml.store.packing import COLD, checks, checksum
 from limaml.store.redis_server import Server
 
@@ -28,34 +42,42 @@ _BUCKET_BYTES = 300  # of two keys, a header and an empty bucket
 _SMALL = 2000
 """Embeddings in a bucket that are read in one step; larger buckets are walked."""
 
-# KEYS: header, bucket, header, bucket, …  ARGV: size of a value, then for each bucket n and n times identity, value.
-# The event time is compared in two halves: a Lua number has 53 bits.
+# KEYS: header, bucket, tombstones; header, bucket, tombstones; …  ARGV: size of a value, number of task types that own it, these,
+# then for each bucket n and n times identity, value. The event time is compared in two halves: a Lua number has 53 bits.
 _WRITE = """
-local size, at, applied = tonumber(ARGV[1]), 2, 0
-for k = 1, #KEYS, 2 do
-  if redis.call('EXISTS', KEYS[k]) == 0 then return {-1, ''} end
+local size, owners, applied, kept_out = tonumber(ARGV[1]), tonumber(ARGV[2]), 0, {}
+local at = 3 + owners
+for k = 1, #KEYS, 3 do
+  if redis.call('EXISTS', KEYS[k]) == 0 then return {-1, '', {}} end
 end
-local start = {}
-for k = 1, #KEYS, 2 do
+local start, banned = {}, {}
+for k = 1, #KEYS, 3 do
   start[k] = at
+  local tombstones = redis.call('EXISTS', KEYS[k + 2]) == 1
   for i = at + 1, at + 2 * tonumber(ARGV[at]), 2 do
+    if tombstones then
+      for o = 3, 2 + owners do
+        if redis.call('HEXISTS', KEYS[k + 2], ARGV[o] .. ARGV[i]) == 1 then banned[ARGV[i]] = true end
+      end
+      if banned[ARGV[i]] then kept_out[#kept_out + 1] = ARGV[i] end
+    end
     local old = redis.call('HGET', KEYS[k + 1], ARGV[i])
-    if old and (#old < size or string.sub(old, 1, 4) ~= string.sub(ARGV[i + 1], 1, 4)) then return {-2, ARGV[i]} end
+    if old and (#old < size or string.sub(old, 1, 4) ~= string.sub(ARGV[i + 1], 1, 4)) then return {-2, ARGV[i], {}} end
   end
   at = at + 1 + 2 * tonumber(ARGV[at])
 end
-for k = 1, #KEYS, 2 do
+for k = 1, #KEYS, 3 do
   local count, sum, bytes, first = 0, 0, 0, start[k]
   for i = first + 1, first + 2 * tonumber(ARGV[first]), 2 do
     local name, new = ARGV[i], ARGV[i + 1]
     local old = redis.call('HGET', KEYS[k + 1], name)
-    local above = true
-    if old then
+    local above = not banned[name]
+    if above and old then
       local n0, low0, high0 = struct.unpack('<I4I4i4', old, 5)
       local n1, low1, high1 = struct.unpack('<I4I4i4', new, 5)
       above = n1 > n0 or (n1 == n0 and (high1 > high0 or (high1 == high0 and low1 > low0)))
       if above then sum = sum - struct.unpack('<I4', old, size - 3) end
-    else
+    elseif above then
       count, bytes = count + 1, bytes + #name + #new
     end
     if above then
@@ -67,7 +89,34 @@ for k = 1, #KEYS, 2 do
   redis.call('HINCRBY', KEYS[k], 'checksum', string.format('%.0f', sum))
   redis.call('HINCRBY', KEYS[k], 'bytes', bytes)
 end
-return {applied, ''}
+return {applied, '', kept_out}
+"""
+
+# KEYS: tombstones, then header, bucket of each version's task type.  ARGV: n, n times (task type .. identity, id or ''), then for
+# each pair of keys the size of a value, then the n identities. Returns how many tombstones are new, and what each pair lost.
+_FORGET = """
+local n, added, lost = tonumber(ARGV[1]), 0, {}
+for i = 2, 2 * n, 2 do added = added + redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1]) end
+local pairs = (#KEYS - 1) / 2
+for p = 1, pairs do
+  local header, bucket, size = KEYS[2 * p], KEYS[2 * p + 1], tonumber(ARGV[1 + 2 * n + p])
+  local count, sum, bytes = 0, 0, 0
+  for i = 2 + 2 * n + pairs, #ARGV do
+    local old = redis.call('HGET', bucket, ARGV[i])
+    if old then
+      count, bytes = count + 1, bytes + #ARGV[i] + #old
+      if #old >= size then sum = sum + struct.unpack('<I4', old, size - 3) end
+      redis.call('HDEL', bucket, ARGV[i])
+    end
+  end
+  if count > 0 then
+    redis.call('HINCRBY', header, 'count', -count)
+    redis.call('HINCRBY', header, 'checksum', string.format('%.0f', -sum))
+    redis.call('HINCRBY', header, 'bytes', -bytes)
+  end
+  lost[p] = count
+end
+return {added, lost}
 """
 
 _WRITE_COLD = """
@@ -116,30 +165,76 @@ class Values:
             [("UNLINK", *self._keys(layout, bucket)) for layout in layouts for bucket in range(self.buckets)]
         )
 
-    def write(self, batch: Batch) -> int:
-        """Store what is above the stored revisions; returns how many. One step on one server; in a cluster, one for
-        each bucket."""
-        layout, shares = batch.layout, self._shares(batch.layout, batch.names)
-        parts: list[tuple[tuple[str, ...], list[Any]]] = [
-            (self._keys(layout, bucket), [len(rows), *(part for row in rows for part in self._pair(batch, row))])
-            for bucket, rows in shares.items()
-        ]
+    def write(self, batch: Batch) -> Stored:
+        """Store what is above the stored revisions, and not forgotten. One step on one server; in a cluster, one for each
+        bucket."""
+        layout, start = batch.layout, len(batch.layout.prefix)
+        names, values = batch.names, batch.values
+        parts: list[tuple[tuple[str, ...], list[Any]]] = []
+        for bucket, rows in self._shares(layout, names).items():
+            pairs: list[Any] = [len(rows)]
+            for row in rows:
+                pairs += (names[row][start:], values[row])
+            parts.append(((*self._keys(layout, bucket), self._tombstones(bucket)), pairs))
         if not parts:
-            return 0
+            return Stored(0, set())
         if not self._server.address.cluster:
             parts = [(tuple(key for keys, _ in parts for key in keys), [part for _, flat in parts for part in flat])]
-        found = self._server.many([("EVAL", _WRITE, len(keys), *keys, layout.size, *flat) for keys, flat in parts])
-        for applied, name in found:
+        whose = [owner.encode("utf-8", "surrogatepass") for owner in owners(layout.task_type)]
+        found = self._server.many(
+            [("EVAL", _WRITE, len(keys), *keys, layout.size, len(whose), *whose, *flat) for keys, flat in parts]
+        )
+        for applied, name, _ in found:
             if applied == -1:
                 raise StoreError(
                     f"Version {layout.version} of model '{layout.model}' was removed: it cannot be written to."
                 )
             if applied == -2:
                 raise StoreError(damaged(layout, readable(layout, layout.prefix + name)))
-        return sum(applied for applied, _ in found)
+        kept_out = {layout.prefix + name for _, _, left_out in found for name in left_out}
+        forgotten = (
+            {raw for name, raw in zip(names, batch.raws, strict=True) if name in kept_out} if kept_out else set()
+        )
+        return Stored(sum(applied for applied, _, _ in found), forgotten)
+
+    def forget(self, task_type: str, raws: Sequence[bytes], layouts: Sequence[Layout]) -> tuple[int, list[int]]:
+        """Tombstones for ids, and their embeddings gone from `layouts`: one step for each bucket. Returns how many
+        tombstones are new, and what each layout lost."""
+        added, lost, commands = 0, [0] * len(layouts), []
+        for bucket, identities in self._by_bucket(raws).items():
+            keys = [self._tombstones(bucket), *(key for layout in layouts for key in self._keys(layout, bucket))]
+            flat = [part for name, raw in identities for part in (_stone(task_type, name), raw if name[0] else b"")]
+            sizes = [layout.size for layout in layouts]
+            names = [name for name, _ in identities]
+            commands.append(("EVAL", _FORGET, len(keys), *keys, len(names), *flat, *sizes, *names))
+        for new, gone in self._server.many(commands):
+            added += new
+            lost = [one + other for one, other in zip(lost, gone, strict=True)]
+        return added, lost
+
+    def recall(self, task_type: str, raws: Sequence[bytes]) -> int:
+        shares = self._by_bucket(raws)
+        return sum(
+            self._server.many(
+                [
+                    ("HDEL", self._tombstones(bucket), *(_stone(task_type, name) for name, _ in identities))
+                    for bucket, identities in shares.items()
+                ]
+            )
+        )
+
+    def forgotten(self, task_type: str) -> list[str]:
+        found = self._server.many([("HGETALL", self._tombstones(bucket)) for bucket in range(self.buckets)])
+        start = task_type.encode("utf-8", "surrogatepass")
+        return sorted(
+            text_of(raw or name[len(start) + 1 :])
+            for flat in found
+            for name, raw in _mapping(flat).items()
+            if name.startswith((start + b"\x00", start + b"\x01"))
+        )
 
     def write_cold(self, layout: Layout, value: bytes) -> None:
-        check = int(checks(table_of(layout, [layout.prefix + COLD], [value]))[0])
+        check = int(checks(cold_rows(layout, value))[0])
         if self._server.script(_WRITE_COLD, self._keys(layout, self._bucket(COLD)), COLD, value, check) != 1:
             raise StoreError(
                 f"Version {layout.version} of model '{layout.model}' was removed: it cannot be written to."
@@ -166,20 +261,21 @@ class Values:
         keys = [(self._keys(layout, self._bucket(name[start:]))[1], name[start:]) for name in names]
         return [bool(found) for found in self._server.many([("HEXISTS", key, name) for key, name in keys])]
 
-    def names(self, layout: Layout) -> list[bytes]:
-        """All keys but the cold embedding's, in order: the buckets are walked side by side."""
-        found: set[bytes] = set()  # a walk may meet a key twice
-        cursors = dict.fromkeys(range(self.buckets), 0)
-        while cursors:
-            with self._server.spoken_to(), self._server.client.pipeline(transaction=False) as pipeline:
-                for bucket, cursor in cursors.items():
-                    pipeline.hscan(self._keys(layout, bucket)[1], cursor, count=_SMALL, no_values=True)
-                answers = pipeline.execute()
-            for bucket, (cursor, part) in zip(list(cursors), answers, strict=True):
-                found.update(part)
-                cursors[bucket] = int(cursor)
-            cursors = {bucket: cursor for bucket, cursor in cursors.items() if cursor}
-        return [layout.prefix + name for name in sorted(found - {COLD})]
+    def pieces(self, layout: Layout, limit: int) -> Iterator[tuple[list[str], list[bytes], list[bytes]]]:
+        """Ids, keys and values of a task type, each once, bucket after bucket; not the cold embedding."""
+        for bucket in range(self.buckets):
+            seen: set[bytes] = set()  # a walk may meet a key twice
+            key, cursor = self._keys(layout, bucket)[1], -1
+            while cursor:
+                with self._server.spoken_to():
+                    cursor, part = self._server.client.hscan(key, max(cursor, 0), count=min(limit, _SMALL))
+                fresh = [name for name in part if name not in seen and name != COLD]
+                seen.update(fresh)
+                for start in range(0, len(fresh), limit):  # a small bucket comes whole, whatever was asked for
+                    some = fresh[start : start + limit]
+                    names, values = [layout.prefix + name for name in some], [part[name] for name in some]
+                    raws = [raw_of(layout, name, value) for name, value in zip(names, values, strict=True)]
+                    yield [text_of(raw) for raw in raws], names, values
 
     def tallies(self, layouts: Sequence[Layout]) -> dict[str, Tally]:
         keys = [self._keys(layout, bucket)[0] for layout in layouts for bucket in range(self.buckets)]
@@ -202,12 +298,12 @@ class Values:
         for header, pairs in self._buckets(layout):
             cold = pairs.pop(COLD, None)
             names = [layout.prefix + name for name in pairs]
-            count, total = count + len(names), total + checksum(checks(table_of(layout, names, list(pairs.values()))))
+            table = check_values(layout, names, list(pairs.values()))
+            count, total = count + len(names), total + checksum(checks(table))
             headers.append(header)
-            if header.cold is not None or cold is not None:
-                key = layout.prefix + COLD
-                if int(checks(table_of(layout, [key], [cold or b""]))[0]) != header.cold:
-                    raise StoreError(damaged(layout, "(cold)"))
+            there = header.cold is not None or cold is not None
+            if there and int(checks(cold_rows(layout, cold or b""))[0]) != header.cold:
+                raise StoreError(damaged(layout, "(cold)"))
         tally = _total(headers)
         if count != tally.count or total != tally.checksum:
             raise StoreError(
@@ -255,8 +351,16 @@ class Values:
             shares.setdefault(self._bucket(name[start:]), []).append(row)
         return shares
 
-    def _pair(self, batch: Batch, row: int) -> tuple[bytes, bytes]:
-        return batch.names[row][len(batch.layout.prefix) :], batch.values[row]
+    def _tombstones(self, bucket: int) -> str:
+        return f"{self._server.address.prefix}:{{{_tags(self.buckets)[bucket]}}}:forgotten"
+
+    def _by_bucket(self, raws: Sequence[bytes]) -> dict[int, list[tuple[bytes, bytes]]]:
+        """Bucket → identities and ids."""
+        shares: dict[int, list[tuple[bytes, bytes]]] = {}
+        for raw in raws:
+            name = name_of(b"", raw)
+            shares.setdefault(self._bucket(name), []).append((name, raw))
+        return shares
 
 
 def estimate_bytes(keys: int, identity: int, value: int, buckets: int) -> int:
@@ -267,6 +371,10 @@ def estimate_bytes(keys: int, identity: int, value: int, buckets: int) -> int:
     else:
         entry = identity + value + (30 if identity + value <= 115 else 52)
     return keys * entry + buckets * _BUCKET_BYTES
+
+
+def _stone(task_type: str, identity: bytes) -> bytes:
+    return task_type.encode("utf-8", "surrogatepass") + identity
 
 
 def _mapping(flat: Any) -> dict[bytes, bytes]:

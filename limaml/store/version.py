@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limaml.errors import StoreError
-from limaml.store.batch import Batch, Layout, check_model, decode, id_of, names_of
+from limaml.store.batch import Batch, Layout, check_model, cold_vector, owners
 from limaml.store.catalog import Record
 from limaml.store.contract import Lookup
 from limaml.store.lmdb_values import key_prefix
-from limaml.store.packing import COLD
 
 if TYPE_CHECKING:
-    from limaml.store.catalogued import CataloguedStore, Hold
+    from limaml.store.catalogued import CataloguedStore, Hold, Stored
 
 __all__ = ["VersionReader", "VersionTarget", "catalog_key", "layouts_of", "state_of"]
 
@@ -66,21 +65,18 @@ class VersionReader:
     def cold(self, task_type: str) -> NDArray[np.float32] | None:
         layout = self._layout(task_type)
         value = self._store.cold(layout)
-        return None if value is None else decode(layout, [layout.prefix + COLD], [value]).vectors[0]
+        return None if value is None else cold_vector(layout, value)
 
     def ids(self, task_type: str) -> Iterator[str]:
         layout = self._layout(task_type)
-        for pairs in self._store.pieces(layout, 4096):
-            yield from (id_of(layout, name, value) for name, value in pairs)
+        for ids, _ in self._store.pieces(layout, 4096):
+            yield from ids
 
     def scan(self, task_type: str, batch: int = 4096) -> Iterator[tuple[list[str], Lookup]]:
         layout = self._layout(task_type)
         if batch < 1:
             raise StoreError(f"A scan reads at least one embedding at a time, got batch={batch}.")
-        for pairs in self._store.pieces(layout, batch):
-            names, values = [name for name, _ in pairs], [value for _, value in pairs]
-            ids = [id_of(layout, name, value) for name, value in pairs]
-            yield ids, decode(layout, names, values)
+        yield from self._store.pieces(layout, batch)
 
     def close(self) -> None:
         if not self._closed:
@@ -119,16 +115,20 @@ class VersionTarget:
     def valid(self) -> bool:
         return self._lease.valid
 
-    def write(self, batches: Sequence[Batch]) -> int:
-        return self._store.write_batches(self._record.model, self.version, batches, ("writing",))
+    def write(self, layout: Layout, batches: Sequence[Batch]) -> Stored:
+        return self._store.write_published(self._record, layout, batches)
 
     def write_cold(self, layout: Layout, value: bytes) -> None:
         self._store.write_cold(self._record.model, self.version, layout, value)
 
     def written(self, layout: Layout, ids: Sequence[str]) -> NDArray[np.bool_]:
-        return np.array(self._store.present(layout, names_of(layout, ids)), np.bool_)
+        return self._store.present(layout, ids)
+
+    def forgotten(self, task_type: str) -> set[str]:
+        return {task_id for owner in owners(task_type) for task_id in self._store.forgotten(owner)}
 
     def verify(self) -> Mapping[str, int]:
+        self._store.compact(self._record)
         return self._store.verify(self._record.model, self.version)
 
     def finish(self, activate: bool) -> int:

@@ -40,7 +40,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def vectors(folder: Path, version: str | None = None) -> tuple[list[str], limaml.store.Lookup]:
     with limaml.open_store(folder / "store") as store, store.read(MODEL_NAME, version) as reader:
-        ids = list(reader.ids("user_id"))
+        ids = sorted(reader.ids("user_id"))
         return ids, reader.get("user_id", ids)
 
 

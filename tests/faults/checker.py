@@ -128,7 +128,7 @@ def _check_tally(
     said = contents.headers.get((record["number"], place))
     if said is None:
         totals = contents.documents.get(f"totals/{record['model']}/{version}", {"types": {}})
-        said = Tally(**totals["types"].get(name, {}))
+        said = Tally(**{key: told for key, told in totals["types"].get(name, {}).items() if key != "runs"})
     own = [value for member, value in values.items() if member != COLD]
     cold = values[COLD].check if COLD in values else None
     found = Tally(len(own), sum(value.check for value in own), sum(value.bytes for value in values.values()), cold)

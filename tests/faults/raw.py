@@ -1,7 +1,7 @@
 """The bytes of a store by their documentation alone (`store/packing.py`, `lmdb.py`, `redis.py`, `redis_values.py`): a second
 reading, that shares no code with the first. Reads whole stores, and believes nothing but the format.
 
-    LMDB       data.mdb: database `catalog` of JSON documents, `embeddings` of values
+    LMDB       data.mdb: database `catalog` of JSON documents, `embeddings` of values that were upserted; runs/…: published ones
     Redis      PREFIX:{PREFIX}:catalog, a hash of the same documents; PREFIX:{TAG}:NUMBER:PLACE, hashes of values, and …:header
 """
 
@@ -13,7 +13,6 @@ import json
 import re
 import struct
 import time
-import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,8 @@ from urllib.parse import parse_qs, urlsplit
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
+
+from tests.store.format import COLD_TEXT, check_of, read_run
 
 COLD = ""  # stands for the id of a task type's cold embedding
 _NAME = "faults"  # of our own connections
@@ -69,29 +70,38 @@ class Contents:
 
 def decode(prefix: bytes, identity: bytes, raw: bytes, own_bytes: int) -> tuple[str, Value]:
     """The id and the value that lie under `prefix + identity`. Raises `Damaged`."""
-    if len(raw) < 24:
-        raise Damaged(f"{identity!r} has {len(raw)} bytes")
-    form, dtype, dim, count, newest, scale = struct.unpack("<BBHIqf", raw[:20])
-    if form != 1 or dtype not in _DTYPES:
-        raise Damaged(f"{identity!r} has format {form} and dtype {dtype}")
-    kind = np.dtype(_DTYPES[dtype])
-    end = 20 + -(-dim * kind.itemsize // 4) * 4
-    (check,) = struct.unpack_from("<I", raw, end)
-    tail = raw[end + 4 :]
-    if zlib.crc32(prefix + identity + raw[:end]) != check:
-        raise Damaged(f"{identity!r} has another checksum than its bytes")
-    vector = np.frombuffer(raw, kind, dim, 20).astype(np.float32) * np.float32(scale)
+    size = _size(identity, raw)
+    tail = raw[size:]
     if identity == b"\x02":
-        name = COLD
+        text, name = COLD_TEXT, COLD
     elif identity[:1] == b"\x01":
         if hashlib.blake2b(tail, digest_size=32).digest() != identity[1:]:
             raise Damaged(f"{identity!r} keeps an id that is not its own")
-        name = tail.decode("utf-8", "surrogatepass")
+        text, name = tail, tail.decode("utf-8", "surrogatepass")
     else:
         if tail or identity[:1] != b"\x00":
             raise Damaged(f"{identity!r} has {len(tail)} bytes too many")
-        name = identity[1:].decode("utf-8", "surrogatepass")
-    return name, Value(count, newest, vector, check, own_bytes)
+        text, name = identity[1:], identity[1:].decode("utf-8", "surrogatepass")
+    return name, _value(prefix, text, raw[:size], own_bytes)
+
+
+def _size(identity: bytes, raw: bytes) -> int:
+    if len(raw) < 24:
+        raise Damaged(f"{identity!r} has {len(raw)} bytes")
+    form, dtype, dim = struct.unpack("<BBH", raw[:4])
+    if form != 2 or dtype not in _DTYPES:
+        raise Damaged(f"{identity!r} has format {form} and dtype {dtype}")
+    return -(-(24 + dim * np.dtype(_DTYPES[dtype]).itemsize) // 8) * 8
+
+
+def _value(prefix: bytes, text: bytes, raw: bytes, own_bytes: int) -> Value:
+    if len(raw) != _size(text, raw):
+        raise Damaged(f"{text!r} has {len(raw)} bytes")
+    _, dtype, dim, count, newest, scale, check = struct.unpack("<BBHIqf", raw[:20]) + struct.unpack("<I", raw[-4:])
+    if check_of(raw, text, prefix) != check:
+        raise Damaged(f"{text!r} has another check than its bytes")
+    vector = np.frombuffer(raw, np.dtype(_DTYPES[dtype]), dim, 20).astype(np.float32) * np.float32(scale)
+    return Value(count, newest, vector, check, own_bytes)
 
 
 def _document(raw: bytes) -> Any:
@@ -109,6 +119,22 @@ def read_lmdb(path: Path) -> Contents:
         with environment.begin() as txn:
             for key, raw in txn.cursor(catalog):
                 contents.documents[key.decode()] = _document(raw)
+            contents.left_over = [file.name for file in (path / "runs").glob("*")]
+            for record in contents.records():
+                if record["state"] == "removing":
+                    continue  # its files are on their way out
+                totals = contents.documents.get(f"totals/{record['model']}/{record['id']}", {"types": {}})
+                for place, task_type in enumerate(record["dims"]):
+                    kept = contents.values.setdefault((record["number"], place), {})
+                    prefix = struct.pack(">IH", record["number"], place)
+                    for file in totals["types"].get(task_type, {"runs": []})["runs"]:
+                        contents.left_over.remove(file)
+                        for each in read_run(path / "runs" / file):
+                            name = each.raw.decode("utf-8", "surrogatepass")
+                            own_bytes = (7 if len(each.raw) <= 400 else 39) + len(each.raw) + len(each.value)
+                            kept[name] = _value(
+                                prefix, each.raw, each.value, own_bytes
+                            )  # a later file hides an earlier one
             for key, raw in txn.cursor(values):
                 number, place = struct.unpack(">IH", key[:6])
                 name, value = decode(key[:6], key[6:], raw, len(key) + len(raw))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import lmdb
 import polars as pl
 import pytest
+
+from tests.store.format import Embedding, check_of, read_run
 
 from .checker import check, check_log
 from .processes import FULL, KILL, Nursery
@@ -56,33 +57,35 @@ def test_what_was_promised_is_asked_for(published: Path, world: World) -> None:
         looked(published, world, least=none, most=none)
 
 
-def other_vector(raw: bytes, other: bytes, key: bytes) -> bytes:
-    body = raw[:20] + other[20:-4]
-    return body + struct.pack("<I", zlib.crc32(key + body))
+def other_vector(one: Embedding, other: Embedding, where: bytes) -> bytes:
+    body = one.value[:20] + other.value[20:-4] + bytes(4)
+    return body[:-4] + struct.pack("<I", check_of(body, one.raw, where))
 
 
-def lose(txn: Any, values: Any, keys: list[bytes]) -> None:
-    txn.delete(keys[3], db=values)
+def lose(file: Any, found: list[Embedding]) -> None:
+    """As if it had been erased."""
+    row = (found[3].offset - found[0].offset) // len(found[0].value)
+    (capacity,) = struct.unpack_from("<Q", file, 16)
+    struct.pack_into("<Q", file, 64 + 8 * capacity + 8 * row, 2**64 - 1)
+    put(file, found[3], bytes(len(found[3].value)))
 
 
-def flip(txn: Any, values: Any, keys: list[bytes]) -> None:
-    raw = txn.get(keys[3], db=values)
-    txn.put(keys[3], raw[:22] + bytes([raw[22] ^ 1]) + raw[23:], db=values)
+def flip(file: Any, found: list[Embedding]) -> None:
+    raw = found[3].value
+    put(file, found[3], raw[:22] + bytes([raw[22] ^ 1]) + raw[23:])
 
 
-def misplace(txn: Any, values: Any, keys: list[bytes]) -> None:
-    txn.put(keys[3], txn.get(keys[4], db=values), db=values)
+def misplace(file: Any, found: list[Embedding]) -> None:
+    put(file, found[3], found[4].value)
 
 
-def mix(txn: Any, values: Any, keys: list[bytes]) -> None:
-    """A vector of another member under a header and a checksum that are right: only the model of the world tells."""
-    raw = txn.get(keys[3], db=values)
-    txn.put(keys[3], other_vector(raw, txn.get(keys[4], db=values), keys[3]), db=values)
+def mix(file: Any, found: list[Embedding]) -> None:
+    """A vector of another member under a header and a check that are right: only the model of the world tells."""
+    put(file, found[3], other_vector(found[3], found[4], struct.pack(">IH", 1, 0)))
 
 
-def stray(txn: Any, values: Any, keys: list[bytes]) -> None:
-    raw, key = txn.get(keys[3], db=values), struct.pack(">IH", 77, 0) + keys[3][6:]
-    txn.put(key, other_vector(raw, raw, key), db=values)
+def put(file: Any, place: Embedding, value: bytes) -> None:
+    file[place.offset : place.offset + len(value)] = value
 
 
 @pytest.mark.parametrize(
@@ -90,22 +93,37 @@ def stray(txn: Any, values: Any, keys: list[bytes]) -> None:
     [
         (lose, r"has lost \d+"),
         (lose, r"says Tally\(count=3\d"),
-        (flip, "another checksum than its bytes"),
-        (misplace, "another checksum than its bytes"),
+        (flip, "another check than its bytes"),
+        (misplace, "another check than its bytes"),
         (mix, "a vector that is off by"),
-        (stray, "version number 77 has values"),
     ],
 )
 def test_faults_in_values_are_found(
-    published: Path, world: World, tmp_path: Path, fault: Callable[[Any, Any, list[bytes]], None], message: str
+    published: Path, world: World, tmp_path: Path, fault: Callable[[Any, list[Embedding]], None], message: str
 ) -> None:
+    run = Path(shutil.copytree(published, tmp_path / "run"))
+    (path,) = (run / "store" / "runs").glob("000001-0-*")
+    found = list(read_run(path))
+    content = bytearray(path.read_bytes())
+    fault(content, found)
+    path.write_bytes(content)
+    with pytest.raises(AssertionError, match=message):
+        looked(run, world)
+
+
+def test_values_of_no_version_are_found(published: Path, world: World, tmp_path: Path) -> None:
     run = Path(shutil.copytree(published, tmp_path / "run"))
     with lmdb.open(str(run / "store"), max_dbs=8, map_size=2**30) as environment:
         values = environment.open_db(b"embeddings")
         with environment.begin(write=True) as txn:
-            newest = struct.pack(">IH", 2, 0)
-            fault(txn, values, [key for key, _ in txn.cursor(values) if key.startswith(newest)])
-    with pytest.raises(AssertionError, match=message):
+            raw = next(value for key, value in txn.cursor(values) if key[6:7] == b"\x00")
+            name, where = b"anybody", struct.pack(">IH", 77, 0)
+            checked = raw[:-4] + struct.pack("<I", check_of(raw, name, where))
+            txn.put(where + b"\x00" + name, checked, db=values)
+    with pytest.raises(AssertionError, match="version number 77 has values"):
+        looked(run, world)
+    (run / "store" / "runs" / "000078-0-feed").touch()
+    with pytest.raises(AssertionError, match=r"nothing explains .*000078-0-feed"):
         looked(run, world)
 
 

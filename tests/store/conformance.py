@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from limaml.artifact import write_folder
 from limaml.errors import StoreError
 from limaml.store import Lookup, Publication, Published, Reader, Store
-from limaml.store.packing import identity
 
 Open = Callable[[], Store]
 modest = settings(
@@ -45,6 +44,12 @@ def release(store: Store, value: float, ids: list[str] | None = None, model: str
     with store.publish(model, dims={"member": 3}, **options) as publication:
         fill(publication, ids or ["a", "b", "c"], value)
         return publication.commit()
+
+
+def release_as(store: Store, task_type: str, ids: list[str]) -> str:
+    with store.publish("m", dims={task_type: 3}) as publication:
+        fill(publication, ids, 1.0, task_type=task_type)
+        return publication.commit().version
 
 
 def values(found: Lookup) -> list[float]:
@@ -139,7 +144,7 @@ class StoreConformance:
             assert np.array_equal(found.vectors[: len(ids)], vectors)
             assert found.found.tolist() == [True] * len(ids) + [each in ids for each in ("é" * 300, "n" * 600)]
             with store.read("m") as reader:
-                assert list(reader.ids("member")) == sorted(ids, key=identity)
+                assert sorted(reader.ids("member")) == sorted(ids)
                 scanned = [
                     pair for names, part in reader.scan("member", 5) for pair in zip(names, values(part), strict=True)
                 ]
@@ -406,6 +411,127 @@ class StoreConformance:
             thread.join()
         assert store.verify("m") == {"member": 81}
         assert values(store.get("m", "member", ["shared"])) == [19.0]
+
+    # ------------------------------------------------------------------------------------------------- forgetting
+
+    def test_forgotten_tasks_are_nowhere_and_stay_out(self, store: Store) -> None:
+        both = {"member": 3, "member.features": 2, "item": 3, "members": 3}
+        versions = []
+        for model in ("m", "other"):
+            with store.publish(model, dims=both) as publication:
+                for task_type, dim in both.items():
+                    fill(publication, ["a", "b", "c"], 1.0, dim, task_type)
+                versions.append(publication.commit().version)
+        late = (np.full((2, 3), 7.0), column(2, 9), column(2))
+        store.upsert("m", versions[0], "member", ["b", "d"], *late)
+        done = store.forget("member", ["b", "d", "nobody", "b"])
+        assert done.removed == {"m": {versions[0]: 3}, "other": {versions[1]: 2}}
+        assert done.tombstones == 3
+        assert store.forgotten("member") == ["b", "d", "nobody"]
+        assert store.forgotten("item") == []
+        for model in ("m", "other"):
+            assert store.verify(model) == {"member": 2, "member.features": 2, "item": 3, "members": 3}
+            assert store.describe(model).counts == store.verify(model)
+            assert store.get(model, "member", ["a", "b", "c", "d"]).found.tolist() == [True, False, True, False]
+            assert store.get(model, "member.features", ["b", "c"]).found.tolist() == [False, True]
+            assert store.get(model, "item", ["b"]).found.tolist() == [True]
+            with store.read(model) as reader:
+                assert sorted(reader.ids("member")) == ["a", "c"]
+                assert sorted(reader.ids("members")) == ["a", "b", "c"]
+        done_ = store.upsert(
+            "m", versions[0], "member", ["a", "b", "d", "e", "b"], *(np.ones((5, 3)), column(5, 20), column(5))
+        )
+        assert (done_.applied, done_.stale, done_.forgotten) == (2, 0, 3)
+        features = store.upsert("m", versions[0], "member.features", ["b"], np.ones((1, 2)), column(1, 20), column(1))
+        assert (features.applied, features.forgotten) == (0, 1)
+        assert store.verify("m")["member"] == 3
+        assert store.forget("member", ["b"]).tombstones == 0
+        assert store.recall("member", ["b", "stranger"]) == 1
+        assert store.upsert("m", versions[0], "member", ["b"], np.ones((1, 3)), column(1), column(1)).applied == 1
+        assert store.get("m", "member", ["b", "d"]).found.tolist() == [True, False]
+        assert store.forgotten("member") == ["d", "nobody"]
+        assert store.verify("m")["member"] == 4
+
+    def test_somebody_is_forgotten_while_a_version_is_written(self, store: Store) -> None:
+        release(store, 1.0)
+        store.forget("member", ["early"])
+        with store.publish("m", dims={"member": 3}) as publication:
+            fill(publication, ["a", "b", "early"], 2.0)
+            publication.written("member", [])  # into the store
+            assert publication.written("member", ["a", "early"]).tolist() == [True, False]
+            fill(publication, ["c", "d"], 2.0)  # still with the publisher, where the buffer is large
+            store.forget("member", ["b", "d"])
+            fill(publication, ["d", "e"], 2.0)
+            with pytest.raises(StoreError, match="7 were expected"):
+                publication.commit(expected={"member": 7})
+            done = publication.commit(expected={"member": 6})
+        assert done.counts == {"member": 3}
+        assert done.applied + done.stale + done.forgotten == 7
+        assert done.forgotten >= 2
+        assert store.get("m", "member", ["a", "b", "c", "d", "e", "early"]).found.tolist() == [
+            *(True, False, True, False, True, False)
+        ]
+        assert store.verify("m") == {"member": 3}
+
+    def test_a_resumed_publication_leaves_out_who_was_forgotten_between(self, store: Store) -> None:
+        with store.publish("m", dims={"member": 3}) as publication:
+            fill(publication, ["a", "b"], 1.0)
+            publication.written("member", [])
+        assert list(store.forget("member", ["b", "c"]).removed["m"].values()) == [1]
+        with store.publish("m", dims={"member": 3}, resume=True) as publication:
+            assert publication.written("member", ["a", "b"]).tolist() == [True, False]
+            fill(publication, ["b", "c", "d"], 1.0)
+            done = publication.commit(expected={"member": 4})
+        assert (done.applied, done.forgotten, done.counts) == (1, 2, {"member": 2})
+
+    @modest
+    @given(
+        ids=st.lists(
+            st.text(st.characters(codec=None), max_size=30) | st.text(min_size=390, max_size=500),
+            unique=True,
+            max_size=10,
+        ),
+        data=st.data(),
+    )
+    def test_any_id_is_forgotten(self, open_empty: Open, ids: list[str], data: st.DataObject) -> None:
+        gone = data.draw(st.lists(st.sampled_from(ids), unique=True)) if ids else []
+        again = data.draw(st.lists(st.sampled_from(ids), unique=True)) if ids else []
+        with open_empty() as store:
+            before = set(store.forgotten("task"))
+            version = release_as(store, "task", ids)
+            if again:
+                many = (np.full((len(again), 3), 2.0), column(len(again), 2), column(len(again)))
+                store.upsert("m", version, "task", again, *many)
+            store.forget("task", gone)
+            left = set(ids) - set(gone) - before
+            assert set(store.forgotten("task")) == set(gone) | before
+            found = store.get("m", "task", ids)
+            assert {each for each, there in zip(ids, found.found.tolist(), strict=True) if there} == left
+            assert store.verify("m") == {"task": len(left)}
+            store.recall("task", [*gone, *before])
+            assert store.forgotten("task") == []
+
+    def test_forgetting_while_others_write_loses_nothing_else(self, open_empty: Open) -> None:
+        ids = [f"t{number}" for number in range(30)]
+        with open_empty() as store, open_empty() as other:
+            version = release(store, 0.0, ids).version
+            stop = threading.Event()
+
+            def write() -> None:
+                step = 2
+                while not stop.is_set():
+                    other.upsert("m", version, "member", ids, np.full((30, 3), step), column(30, step), column(30))
+                    step += 1
+
+            thread = threading.Thread(target=write)
+            thread.start()
+            for number in range(0, 30, 3):
+                store.forget("member", [ids[number]])
+            stop.set()
+            thread.join()
+            gone = set(ids[::3])
+            assert store.verify("m") == {"member": 20}
+            assert store.get("m", "member", ids).found.tolist() == [each not in gone for each in ids]
 
     # ---------------------------------------------------------------------------------------- cold embeddings
 

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import limaml
 import limaml.store
@@ -26,6 +27,7 @@ from limaml.store import LmdbStore, Store, open_store
 from limaml.store.environment import _open
 
 from .conformance import StoreConformance, column, fill, release, values
+from .format import COLD_TEXT, check_of, read_run
 
 
 class TestLmdb(StoreConformance):
@@ -115,9 +117,10 @@ def raw(path: Path) -> lmdb.Environment:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "swap", "extend", "lose"])
-def test_a_damaged_value_is_named(path: Path, damage: str) -> None:
+def test_a_damaged_upsert_is_named(path: Path, damage: str) -> None:
     with open_store(path) as store:
-        release(store, 1.0, ["ann", "bob", "cy"])
+        version = release(store, 0.0, ["ann"]).version
+        store.upsert("m", version, "member", ["ann", "bob", "cy"], np.ones((3, 3)), column(3, 2), column(3))
     with raw(path) as environment, environment.begin(write=True, db=environment.open_db(b"embeddings")) as txn:
         keys = [key for key, _ in txn.cursor()]
         bob = txn.get(keys[1])
@@ -137,14 +140,79 @@ def test_a_damaged_value_is_named(path: Path, damage: str) -> None:
             with pytest.raises(StoreError, match=r"has 2 embeddings .* where 3 with"):
                 store.verify("m")
             return
-        for call in (
-            lambda: store.get("m", "member", ["ann", "bob"]),
-            lambda: store.verify("m"),
-            lambda: store.upsert(
-                "m", store.describe("m").id, "member", ["bob"], np.ones((1, 3)), column(1, 9), column(1)
-            ),
-        ):
-            with pytest.raises(StoreError, match=r"member 'bob' in version v.* is damaged"):
+        said_by_all_who_meet_it(store)
+
+
+def said_by_all_who_meet_it(store: Store) -> None:
+    for call in (
+        lambda: store.get("m", "member", ["ann", "bob"]),
+        lambda: store.verify("m"),
+        lambda: store.upsert("m", store.describe("m").id, "member", ["bob"], np.ones((1, 3)), column(1, 9), column(1)),
+    ):
+        with pytest.raises(StoreError, match=r"member 'bob' in version v.* is damaged"):
+            call()
+
+
+def only_run(path: Path) -> Path:
+    (found,) = (path / "runs").iterdir()
+    return found
+
+
+@pytest.mark.parametrize("damage", ["flip", "swap"])
+def test_a_damaged_embedding_is_named(path: Path, damage: str) -> None:
+    with open_store(path) as store:
+        release(store, 1.0, ["ann", "bob", "cy"])
+    found = {each.raw: each for each in read_run(only_run(path))}
+    bob = found[b"bob"]
+    changed = {"flip": bob.value[:22] + bytes([bob.value[22] ^ 4]) + bob.value[23:], "swap": found[b"ann"].value}
+    with only_run(path).open("r+b") as file:
+        file.seek(bob.offset)
+        file.write(changed[damage])
+    with open_store(path) as store:
+        assert values(store.get("m", "member", ["ann", "cy"])) == [1.0, 1.0]
+        said_by_all_who_meet_it(store)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_a_file_that_holds_embeddings_is_found(path: Path, place: float, bit: int) -> None:
+    if not path.exists():
+        with open_store(path) as store:
+            release(store, 1.0, [f"t{number}" for number in range(40)] + ["long" * 200])
+    whole = only_run(path).read_bytes()
+    at = int(place * len(whole))
+    unread = at >= len(whole) - 8 or 44 <= at < 64  # zeros that fill
+    only_run(path).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    try:
+        with open_store(path) as store:
+            if not unread:
+                with pytest.raises(StoreError, match=r"damaged|is not as it was written"):
+                    store.verify("m")
+    finally:
+        only_run(path).write_bytes(whole)
+
+
+@pytest.mark.parametrize("kept", [0, 30, 100, -1])
+def test_a_file_that_was_cut_off_is_said(path: Path, kept: int) -> None:
+    with open_store(path) as store:
+        release(store, 1.0)
+    whole = only_run(path).read_bytes()
+    only_run(path).write_bytes(whole[:kept])
+    with open_store(path) as store:
+        for call in (lambda: store.get("m", "member", ["a"]), lambda: store.verify("m")):
+            with pytest.raises(StoreError, match=r"Version v.* of model 'm' is damaged: .*runs/000001-0-.*Roll back"):
+                call()
+        release(store, 2.0)
+        assert values(store.get("m", "member", ["a"])) == [2.0]
+
+
+def test_a_file_that_is_gone_is_said(path: Path) -> None:
+    with open_store(path) as store:
+        release(store, 1.0)
+    only_run(path).unlink()
+    with open_store(path) as store:
+        for call in (lambda: store.get("m", "member", ["a"]), lambda: store.verify("m")):
+            with pytest.raises(StoreError, match=r"A file of the store .* is gone: .*runs/000001"):
                 call()
 
 
@@ -153,16 +221,32 @@ def test_damage_before_the_flip_stops_the_flip(path: Path) -> None:
         old = release(store, 1.0).version
         with store.publish("m", dims={"member": 3}) as publication:
             fill(publication, ["a", "b"], 2.0)
-            environment = store.environment  # type: ignore[attr-defined]
-            number = int(publication.version[1:7])
-
-            def lose(txn: lmdb.Transaction) -> None:
-                assert txn.delete(struct.pack(">IH", number, 0) + b"\x00b", db=environment.values)
-
-            environment.write(lose)
+            (file,) = (path / "runs").glob(f"{int(publication.version[1:7]):06d}-*")
+            found = {each.raw: each for each in read_run(file)}
+            with file.open("r+b") as open_file:
+                open_file.seek(found[b"b"].offset)
+                open_file.write(bytes(len(found[b"b"].value)))
             with pytest.raises(StoreError, match="has 1 embeddings"):
                 publication.commit()
         assert store.current("m") == old
+
+
+def test_files_that_nobody_named_go_with_their_version(path: Path) -> None:
+    with open_store(path, buffer_bytes=1) as store:
+        release(store, 1.0)
+        with store.publish("m", dims={"member": 3}) as publication:
+            fill(publication, ["a"], 2.0)
+            version = publication.version
+        left = path / "runs" / f"{int(version[1:7]):06d}-0-deadbeef"
+        left.write_bytes(b"half a file")
+        with store.publish("m", dims={"member": 3}, resume=True) as publication:
+            assert publication.version == version
+            assert not left.exists()
+            assert publication.commit().counts == {"member": 1}
+        left.write_bytes(b"half a file")
+        release(store, 3.0)
+        store.expire("m", keep=1)
+        assert len(list((path / "runs").iterdir())) == 1
 
 
 def test_the_map_grows_in_every_writing_step(path: Path) -> None:
@@ -260,23 +344,27 @@ def check_file(path: Path, n: int = 1500) -> tuple[str, int]:
             record = json.loads(txn.get(f"record/m/{version}".encode(), db=catalog))
             assert record["state"] == "ready"
             seed = record["extra"]["seed"]
-            found = {0: 0, 1: 0}
+            totals = json.loads(txn.get(f"totals/m/{version}".encode(), db=catalog))["types"]
+            for place, task_type in enumerate(("member", "item")):
+                where = struct.pack(">IH", record["number"], place)
+                (file,) = totals[task_type]["runs"]
+                found = sorted(read_run(path / "runs" / file))
+                assert [each.raw for each in found] == [b"t%05d" % row for row in range(n)]
+                for each in found:
+                    check_value(each.value, each.raw, where, (8, 4)[place], (seed, -seed)[place])
+                    assert struct.unpack("<Iq", each.value[4:16]) == (1, 1)
             for key, value in txn.cursor(embeddings):
-                number, place = struct.unpack(">IH", key[:6])
-                if number != record["number"]:
-                    continue
-                kind, dtype, dim, count, event_time, scale = struct.unpack("<BBHIqf", value[:20])
-                assert (kind, dtype, dim, scale) == (1, 0, (8, 4)[place], 1.0)
-                numbers = struct.unpack(f"<{dim}f", value[20:-4])
-                assert set(numbers) == {(seed, -seed)[place]}
-                assert struct.unpack("<I", value[-4:])[0] == zlib.crc32(key + value[:-4])
-                if key[6:] == b"\x02":
-                    continue
-                assert (count, event_time) == (1, 1)
-                assert key[6:] == b"\x00" + b"t%05d" % found[place]
-                found[place] += 1
-            assert found == {0: n, 1: n}
+                if key.startswith(struct.pack(">I", record["number"])):
+                    assert key == struct.pack(">IH", record["number"], 0) + b"\x02"
+                    check_value(value, COLD_TEXT, key[:6], 8, seed)
             return version, seed
+
+
+def check_value(value: bytes, raw_id: bytes, where: bytes, dim: int, number: float) -> None:
+    kind, dtype, found, _, _, scale = struct.unpack("<BBHIqf", value[:20])
+    assert (kind, dtype, found, scale) == (2, 0, dim, 1.0)
+    assert set(struct.unpack(f"<{dim}f", value[20 : 20 + 4 * dim])) == {number}
+    assert struct.unpack("<I", value[-4:])[0] == check_of(value, raw_id, where)
 
 
 def test_kill_9_of_a_publisher_leaves_a_whole_version(path: Path) -> None:
@@ -301,7 +389,8 @@ def test_kill_9_of_a_publisher_leaves_a_whole_version(path: Path) -> None:
         store.expire("m", keep=1)
         assert [each.id for each in store.versions("m")] == [last]
         assert store.verify("m") == {"member": 1500, "item": 1500}
-        assert store.size().keys == 3001  # nothing is left of all that were killed
+        assert store.size().keys == 3001
+        assert len(list((path / "runs").iterdir())) == 2  # nothing is left of all that were killed
         release(store, 1.0)
 
 

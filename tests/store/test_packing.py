@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -13,21 +12,23 @@ from hypothesis.extra import numpy as hnp
 
 from limaml.errors import StoreError
 from limaml.store import packing
+from limaml.store.hashing import Texts, hash_one, id_bytes
 from limaml.store.packing import (
     COLD,
     DTYPES,
-    all_intact,
     checks,
     checksum,
-    first_damaged,
     identities,
     identity,
+    intact,
     newer,
     pack,
     seal,
     unpack,
     value_size,
 )
+
+from .format import check_of, id_hash
 
 singles = st.floats(width=32, allow_nan=False, allow_infinity=False)
 small = st.integers(1, 9)
@@ -92,31 +93,57 @@ def test_float16_refuses_what_would_become_infinite() -> None:
         pack(np.array([[70000.0]]), np.zeros(1, np.int64), np.zeros(1, np.int64), "float16", ["a"])
 
 
+def seeds_of(ids: list[str], where: bytes = b"") -> np.ndarray:
+    return Texts.of(ids).hashes() + np.uint64(hash_one(where))
+
+
 def test_the_bytes_are_as_documented() -> None:
     packed = pack(np.array([[1.5, -2.0, 0.25]]), np.array([7]), np.array([-9]), "float16", ["x"])
-    values, _ = seal(packed, ["x"], [b"\x00x"])
-    body = struct.pack("<BBHIqf3eH", 1, 1, 3, 7, -9, 1.0, 1.5, -2.0, 0.25, 0)
-    assert values[0] == body + struct.pack("<I", zlib.crc32(b"\x00x" + body))
+    (value,) = [row.tobytes() for row in seal(packed, seeds_of(["x"], b"here"))]
+    body = struct.pack("<BBHIqf3eH", 2, 1, 3, 7, -9, 1.0, 1.5, -2.0, 0.25, 0)
+    assert value == body + struct.pack("<I", check_of(value, b"x", b"here"))
 
 
 @settings(deadline=None, max_examples=60)
 @given(vectors(st.floats(-60000, 60000, width=32)), st.sampled_from(DTYPES), st.data())
-def test_any_flipped_bit_and_any_other_key_are_seen(given: np.ndarray, dtype: str, data: st.DataObject) -> None:
+def test_any_flipped_bits_and_any_other_key_are_seen(given: np.ndarray, dtype: str, data: st.DataObject) -> None:
     n = len(given)
     ids = [f"t{row}" for row in range(n)]
-    names = identities(ids)
-    values, found = seal(pack(given, np.ones(n, np.int64), np.ones(n, np.int64), dtype, ids), ids, names)
-    assert all_intact(values, names)
-    row, bit = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, 8 * len(values[0]) - 1))
-    changed = bytearray(values[row])
-    changed[bit // 8] ^= 1 << bit % 8
-    damaged = [*values[:row], bytes(changed), *values[row + 1 :]]
-    assert not all_intact(damaged, names)
-    assert first_damaged(damaged, names) == row
-    assert not all_intact(values[:1], [b"\x00someone else"])
-    table = np.frombuffer(b"".join(values), np.uint8).reshape(n, -1)
-    assert checks(table).tolist() == found.tolist()
-    assert checksum(found) == sum(found.tolist())
+    seeds = seeds_of(ids)
+    table = seal(pack(given, np.ones(n, np.int64), np.ones(n, np.int64), dtype, ids), seeds)
+    assert intact(table, seeds).all()
+    row = data.draw(st.integers(0, n - 1))
+    places = data.draw(st.lists(st.integers(0, 8 * table.shape[1] - 1), min_size=1, max_size=3, unique=True))
+    changed = table.copy()
+    for bit in places:
+        changed[row, bit // 8] ^= 1 << bit % 8
+    assert intact(changed, seeds).tolist() == [each != row for each in range(n)]
+    assert not intact(table[:1], seeds_of(["someone else"])).any()
+    assert not intact(table[:1], seeds_of(ids[:1], b"elsewhere")).any()
+    assert checksum(checks(table)) == sum(checks(table).tolist())
+
+
+def test_two_numbers_that_both_change_their_sign_are_seen() -> None:
+    """The highest bits of words: sums modulo 2⁶⁴ that did not fold the words would not see them."""
+    dim = 33
+    given = np.random.default_rng(0).normal(size=(1, dim))
+    seeds = seeds_of(["a"])
+    for one in range(dim):
+        for other in range(one):
+            table = seal(pack(given, np.ones(1, np.int64), np.ones(1, np.int64), "float32", ["a"]), seeds)
+            for place in (one, other):
+                table[0, 20 + 4 * place + 3] ^= 0x80
+            assert not intact(table, seeds).any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text(st.characters(codec=None), max_size=40) | st.text(max_size=300), max_size=8))
+def test_hashes_are_the_same_one_by_one_together_and_in_plain_python(ids: list[str]) -> None:
+    raws = [id_bytes(each) for each in ids]
+    expected = [id_hash(raw) for raw in raws]
+    assert [hash_one(raw) for raw in raws] == expected
+    assert Texts.of(ids).hashes().tolist() == expected
+    assert Texts.of_bytes(raws).hashes().tolist() == expected
 
 
 def test_a_header_of_another_shape_is_refused() -> None:

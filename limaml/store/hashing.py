@@ -1,0 +1,120 @@
+"""Hashes of ids and checks of values, for many at once by numpy, for one by Python's integers: the same numbers.
+
+The hash of an id is 64 bits. With `K = 0x9E3779B97F4A7C15`, all arithmetic modulo 2⁶⁴ and `n` the id's bytes in UTF-8,
+
+    h = n·K;   for each 8 bytes w (little-endian, the last ones filled with zeros):   h = (h xor w)·K;  h = h xor (h >> 32)
+
+The check of a value is 32 bits: with its 8-byte words `w[j]`, the check's own 4 bytes left out as zeros,
+
+    s = seed + Σ_j r[j]·(w[j] xor (w[j] >> 32));   check = (s·K) >> 32
+
+where `r[j]` is the odd number `splitmix64(j) | 1` and the seed is the sum of two hashes, of the id and of where the value lies.
+Another word, another key or a piece that was cut off gives another sum, so that all but one in 2³² of them are seen.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LONGEST_ID", "Texts", "check_rows", "hash_many", "hash_one", "hashes_of", "id_bytes"]
+
+LONGEST_ID = 2**24 - 1
+"""Bytes."""
+
+_K, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
+_FACTOR, _HALF = np.uint64(_K), np.uint64(32)
+_LOW = np.array([(1 << 8 * kept) - 1 for kept in range(9)], np.uint64)
+_AT_ONCE = 2**19  # bytes of values that stay in a core's cache
+
+
+def id_bytes(task_id: str) -> bytes:
+    """The id in UTF-8, also where it holds half of a surrogate pair."""
+    return task_id.encode("utf-8", "surrogatepass")
+
+
+def hash_one(raw: bytes) -> int:
+    h = len(raw) * _K & _MASK
+    for (word,) in struct.iter_unpack("<Q", raw + bytes(-len(raw) % 8)):
+        h = (h ^ word) * _K & _MASK
+        h ^= h >> 32
+    return h
+
+
+class Texts:
+    """Ids in UTF-8, one behind the other and 8 zeros: `raw`; where each begins and how long it is: `starts`, `lengths [n]`."""
+
+    __slots__ = ("lengths", "raw", "starts")
+
+    def __init__(self, raw: bytes, lengths: NDArray[np.int64]) -> None:
+        self.raw, self.lengths = raw + bytes(8), lengths
+        self.starts = np.cumsum(lengths) - lengths
+
+    @staticmethod
+    def of(ids: Sequence[str]) -> Texts:
+        """Raises `TypeError` if one of them is no string."""
+        joined = "".join(ids)
+        raw = id_bytes(joined)
+        if len(raw) == len(joined):
+            return Texts(raw, np.fromiter(map(len, ids), np.int64, len(ids)))
+        return Texts.of_bytes([id_bytes(each) for each in ids])
+
+    @staticmethod
+    def of_bytes(raws: Sequence[bytes]) -> Texts:
+        return Texts(b"".join(raws), np.fromiter(map(len, raws), np.int64, len(raws)))
+
+    def hashes(self) -> NDArray[np.uint64]:
+        return hash_many(np.frombuffer(self.raw, np.uint8), self.starts, self.lengths)
+
+
+def hashes_of(raws: Sequence[bytes]) -> NDArray[np.uint64]:
+    """Hashes `[n]` of ids."""
+    if len(raws) <= 4:
+        return np.array([hash_one(raw) for raw in raws], np.uint64)
+    return Texts.of_bytes(raws).hashes()
+
+
+def hash_many(padded: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Hashes `[n]` of the pieces of `padded` that begin at `starts` and have `lengths`; 8 bytes more stand behind the last."""
+    words = np.lib.stride_tricks.as_strided(padded[:8].view("<u8"), (len(padded) - 7,), (1,))  # one at every byte
+    h = lengths.astype(np.uint64) * _FACTOR
+    shortest, longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
+    for done in range(0, longest, 8):
+        if shortest > done:  # all have a word more
+            h ^= words[starts + done] & _LOW[np.minimum(lengths - done, 8)]
+            h *= _FACTOR
+            h ^= h >> _HALF
+        else:
+            rows = np.flatnonzero(lengths > done)
+            part = (h[rows] ^ (words[starts[rows] + done] & _LOW[np.minimum(lengths[rows] - done, 8)])) * _FACTOR
+            h[rows] = part ^ (part >> _HALF)
+    return h
+
+
+def check_rows(rows: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """Checks `[n]` of values `[n, size]`, `size` a multiple of 8, whatever stands in their last 4 bytes. `seeds [n]`."""
+    n, size = rows.shape
+    words, factors = rows.view("<u8"), _factors(size // 8)
+    sums = np.empty(n, np.uint64)
+    step = max(1, _AT_ONCE // size)
+    for start in range(0, n, step):
+        part = words[start : start + step]
+        mixed = part >> _HALF
+        mixed ^= part
+        mixed[:, -1] = part[:, -1] & _LOW[4]
+        np.dot(mixed, factors, out=sums[start : start + step])
+    sums += seeds
+    sums *= _FACTOR
+    return (sums >> _HALF).astype(np.uint32)
+
+
+@lru_cache(maxsize=64)
+def _factors(number: int) -> NDArray[np.uint64]:
+    z = (np.arange(1, number + 1, dtype=np.uint64)) * _FACTOR
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
