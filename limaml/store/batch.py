@@ -50,6 +50,7 @@ __all__ = [
     "owners",
     "prepare",
     "raw_of",
+    "raws_of",
     "readable",
     "text_of",
     "texts_of",
@@ -235,6 +236,18 @@ def names_of(layout: Layout, ids: Sequence[str]) -> list[bytes]:
         if isinstance(ids, (str, bytes)):
             raise TypeError
         return identities(ids, layout.prefix)
+    except (AttributeError, TypeError):
+        raise _no_strings(layout, ids) from None
+
+
+def raws_of(layout: Layout, ids: Sequence[str]) -> list[bytes]:
+    """Ids in UTF-8."""
+    try:
+        if isinstance(ids, (str, bytes)):
+            raise TypeError
+        return [task_id.encode() for task_id in ids]
+    except UnicodeEncodeError:
+        return list(map(id_bytes, ids))
     except (AttributeError, TypeError):
         raise _no_strings(layout, ids) from None
 

@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LONGEST_ID", "Texts", "check_rows", "hash_many", "hash_one", "hashes_of", "id_bytes"]
+__all__ = ["LONGEST_ID", "Texts", "check_one", "check_rows", "hash_many", "hash_one", "hashes_of", "id_bytes"]
 
 LONGEST_ID = 2**24 - 1
 """Bytes."""
@@ -80,7 +80,7 @@ def hashes_of(raws: Sequence[bytes]) -> NDArray[np.uint64]:
 
 def hash_many(padded: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Hashes `[n]` of the pieces of `padded` that begin at `starts` and have `lengths`; 8 bytes more stand behind the last."""
-    words = np.lib.stride_tricks.as_strided(padded[:8].view("<u8"), (len(padded) - 7,), (1,))  # one at every byte
+    words: NDArray[np.uint64] = np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))  # one at every byte
     h = lengths.astype(np.uint64) * _FACTOR
     shortest, longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
     for done in range(0, longest, 8):
@@ -110,6 +110,15 @@ def check_rows(rows: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np
     sums += seeds
     sums *= _FACTOR
     return (sums >> _HALF).astype(np.uint32)
+
+
+def check_one(value: bytes, seed: int) -> int:
+    """The check of one value."""
+    words, factors = np.frombuffer(value, "<u8"), _factors(len(value) // 8)
+    mixed = words >> _HALF
+    mixed ^= words
+    mixed[-1] = int.from_bytes(value[-8:-4], "little")
+    return ((int(mixed.dot(factors)) + seed) * _K & _MASK) >> 32
 
 
 @lru_cache(maxsize=64)

@@ -29,11 +29,14 @@ from limaml.store.batch import (
     Layout,
     check_model,
     check_table,
+    damaged,
     decode,
     decoded,
     distinct,
+    name_of,
     names_of,
     owners,
+    raws_of,
     text_of,
 )
 from limaml.store.catalog import Record, Tally
@@ -41,7 +44,7 @@ from limaml.store.catalogued import CataloguedStore, Hold, Stored
 from limaml.store.contract import Forgotten, Lookup, Size
 from limaml.store.documents import Documents
 from limaml.store.environment import DEFAULT_MAP_SIZE, Environment, acquire, release
-from limaml.store.hashing import hashes_of, id_bytes
+from limaml.store.hashing import check_one, hash_one, hashes_of, id_bytes
 from limaml.store.lease import Lease
 from limaml.store.lmdb_values import (
     Change,
@@ -56,7 +59,7 @@ from limaml.store.lmdb_values import (
     write_cold,
 )
 from limaml.store.model_folders import ModelFolders
-from limaml.store.packing import COLD, checks, checksum, newer, revisions
+from limaml.store.packing import COLD, checks, checksum, newer, revisions, unpack_one
 from limaml.store.run_folder import RunFolder
 from limaml.store.runs import Run, merge
 from limaml.store.version import catalog_key, layouts_of, state_of
@@ -527,25 +530,43 @@ class _Adding:
 
 def _look(txn: Any, view: _View, ids: Sequence[str], fill: bool) -> Lookup:
     layout, runs = view.layout, view.runs
-    names = names_of(layout, ids)
-    upserted = list(map(txn.get, names))
-    cold = txn.get(layout.prefix + COLD) if fill else None
-    if not runs:
-        return decode(layout, names, upserted, cold, fill)
-    start, n = len(layout.prefix), len(names)
-    raws = [name[start + 1 :] for name in names]
-    for row, name in enumerate(names):
-        if name[start]:
-            raws[row] = id_bytes(ids[row])
+    raws, n = raws_of(layout, ids), len(ids)
+    if n == 1 and (one := _look_for_one(txn, view, raws[0])) is not None:
+        return one
     hashes = hashes_of(raws)
-    if upserted.count(None) == n:
+    cold = txn.get(layout.prefix + COLD) if fill else None
+    if runs and not _upserted(txn, layout):
         rows = runs[0].find(raws, hashes)
         found = rows >= 0
         table = runs[0].rows[rows if found.all() else rows[found]]
     else:
+        upserted = [txn.get(name_of(layout.prefix, raw)) for raw in raws]
         table, found = held(layout, raws, hashes, upserted, runs)
         table = table[found]
     check_table(
         layout, table, hashes if len(table) == n else hashes[found], lambda row: ids[int(np.flatnonzero(found)[row])]
     )
     return decoded(layout, table, found, cold, fill)
+
+
+def _upserted(txn: Any, layout: Layout) -> bool:
+    """Whether there are any upserts of a task type: most requests after a publication need not look for them."""
+    with txn.cursor() as cursor:
+        return bool(cursor.set_range(layout.prefix)) and cursor.key() < layout.prefix + COLD
+
+
+def _look_for_one(txn: Any, view: _View, raw: bytes) -> Lookup | None:
+    """A look-up of a single id, which is what an online model asks for, without steps over arrays; `None` if it is not there."""
+    layout = view.layout
+    h, value = hash_one(raw), txn.get(name_of(layout.prefix, raw))
+    if value is not None:
+        if len(value) != layout.size:  # an id that was hashed, or damage
+            return None
+    elif view.runs and (row := view.runs[0].find_one(raw, h)) >= 0:
+        value = view.runs[0].rows[row].tobytes()
+    else:
+        return None
+    if check_one(value, h + layout.seed) != int.from_bytes(value[-4:], "little"):
+        raise StoreError(damaged(layout, text_of(raw)))
+    vectors, count, event_time = unpack_one(value, layout.dim, layout.dtype)
+    return Lookup(layout.version, vectors, np.array((True,)), np.array((count,)), np.array((event_time,)))

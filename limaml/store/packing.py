@@ -18,6 +18,7 @@ compare two values where it keeps them. `n` values are packed and unpacked toget
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ __all__ = [
     "revisions",
     "seal",
     "unpack",
+    "unpack_one",
     "value_size",
 ]
 
@@ -63,6 +65,7 @@ FORMAT = 2
 """The first byte of every value; 0 stands where a value was erased."""
 
 _CHECK = 4
+_ONE = struct.Struct("<BBHIqf")
 _STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
 
 
@@ -150,6 +153,17 @@ def unpack(
     if dtype == "int8":
         vectors *= words[:, 4].view("<f4")[:, None]
     return vectors, *revisions(packed)
+
+
+def unpack_one(value: bytes, dim: int, dtype: str) -> tuple[NDArray[np.float32], int, int]:
+    """The same of one value: its vector `[1, dim]`, count and event time."""
+    form, code, found, count, event_time, scale = _ONE.unpack_from(value)
+    if (form, code, found) != (FORMAT, DTYPES.index(dtype), dim):
+        raise StoreError(f"A stored value is damaged: its header is not that of {dim} numbers in {dtype}.")
+    vector = np.frombuffer(value, _STORED[dtype], dim, HEADER.itemsize).astype(np.float32).reshape(1, dim)
+    if dtype == "int8":
+        vector *= np.float32(scale)
+    return vector, count, event_time
 
 
 def revisions(packed: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

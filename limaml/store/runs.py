@@ -84,6 +84,21 @@ class Run:
                 rows[place] = self._along(raws[place], int(rows[place]))
         return rows
 
+    def find_one(self, raw: bytes, h: int) -> int:
+        """The same for one id."""
+        low, high = 0, len(self.hashes)
+        if self.directory is not None:
+            bucket = h >> self.shift
+            low, high = self.directory[bucket : bucket + 2].tolist()
+        row = low + int(self.hashes[low:high].searchsorted(np.uint64(h)))
+        if row == high or self.hashes.item(row) != h:
+            return -1
+        span = self.spans.item(row)
+        start = self.base + (span >> _LENGTH_BITS)
+        if self.text[start : start + (span & LONGEST_ID)] == raw and span != ERASED:
+            return row
+        return self._along(raw, row)
+
     def _first(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """A row from which on the hash may stand; exactly its first one if it is here."""
         if self.directory is None:
