@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,10 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from limaml.cli.console import amount, console, say
+from limaml.cli.forget import forget_tasks, recall_tasks
+from limaml.cli.windows import split_task
 from limaml.cli.workspace import MODEL_NAME, Workspace
 from limaml.embeddings.features import task_of
 from limaml.embeddings.publish import dims_of
 from limaml.interactions import task_keys
+from limaml.interactions.schema import Task
 from limaml.store import Store, open_store
 
 __all__ = ["store_app"]
@@ -24,18 +27,22 @@ __all__ = ["store_app"]
 Where = Annotated[str, Parameter(help="Run folder, or path or URL of a store.")]
 Name = Annotated[str, Parameter(help="Name of the model in the store.")]
 
-store_app = App(name="store", help="Versions of embeddings: list, show, roll back, expire, verify, estimate.")
+store_app = App(name="store", help="Versions of embeddings: list, show, roll back, expire, verify, estimate, forget.")
 
 
 @contextmanager
 def _opened(where: str) -> Iterator[Store]:
     inside = Path(where) / "store"
-    if "://" not in where and (Path(where) / "model").is_dir():
+    if _is_run(where):
         opened = Workspace(Path(where)).store()
     else:
         opened = open_store(inside if "://" not in where and inside.is_dir() else where, create=False)
     with opened as store:
         yield store
+
+
+def _is_run(where: str) -> bool:
+    return "://" not in where and (Path(where) / "model").is_dir()
 
 
 @store_app.command(name="list")
@@ -135,6 +142,16 @@ def rollback(
         say(
             [f"Version {version} of '{model}' is served again; it is refreshed up to event time {described.watermark}."]
         )
+        if _is_run(where) and model == MODEL_NAME and (Path(where) / "windows").is_dir():
+            with Workspace(Path(where)).refresher(store) as refresher:
+                behind, missed = refresher.behind().get(version, 0), refresher.missed
+            if behind or missed:
+                say(
+                    [
+                        f"{behind:,} tasks have changed since{', and the log has more' if missed else ''}; a stream catches it up by "
+                        f"itself, and so does: limaml refresh {where}"
+                    ]
+                )
 
 
 @store_app.command
@@ -150,6 +167,50 @@ def expire(
         say([f"Removed: {', '.join(done.removed) or 'nothing'}."])
         if done.held:
             say([f"Kept, as they are being read: {', '.join(done.held)}."])
+
+
+Tasks = Annotated[list[str], Parameter(name="--task", help="Task: type:key, such as user_id:42. May be repeated.")]
+Address = Annotated[str | None, Parameter(help="Path or URL of the store (default: the run folder's own).")]
+
+
+@store_app.command
+def forget(folder: Path, /, *, tasks: Tasks, store: Address = None) -> None:
+    """Remove all that is known of a member (or of another task), and keep a replay from bringing it back.
+
+    It leaves every version in the store, the windows, the log, the dead letters, the side tables, and the model's
+    vocabularies, if it is known there by its id. What was removed is counted, place by place. Killed at any moment, the
+    same command completes it.
+
+    `limaml store forget runs/mine --task user_id:42`
+    """
+    place = Workspace(folder)
+    published = store is not None or (folder / "store").is_dir()
+    for task, keys in _by_type(place, tasks).items():
+        with place.store(store) if published else nullcontext() as opened:
+            say(forget_tasks(place, opened, task, keys))
+
+
+@store_app.command
+def recall(folder: Path, /, *, tasks: Tasks, store: Address = None) -> None:
+    """Let tasks that were forgotten come back: their interactions are taken in again from now on.
+
+    `limaml store recall runs/mine --task user_id:42`
+    """
+    place = Workspace(folder)
+    published = store is not None or (folder / "store").is_dir()
+    for task, keys in _by_type(place, tasks).items():
+        with place.store(store) if published else nullcontext() as opened:
+            lifted = recall_tasks(place, opened, task, keys)
+        say([f"{lifted:,} of {len(keys):,} '{task.name}' were forgotten, and may come back."])
+
+
+def _by_type(place: Workspace, tasks: list[str]) -> dict[Task, list[str]]:
+    types = {task.name: task for task in place.schema.tasks}
+    found: dict[Task, list[str]] = {}
+    for text in tasks:
+        name, key = split_task(text, list(types))
+        found.setdefault(types[name], []).append(key)
+    return found
 
 
 @store_app.command

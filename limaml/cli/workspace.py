@@ -13,6 +13,7 @@ DIR/windows/             each task's last interactions, packed: derived from the
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,9 @@ from limaml.errors import ConfigError, DataError, StoreError
 from limaml.interactions import InteractionLog, Prepared, Schema, clean, join_tables, read_table
 from limaml.interactions.digest import content_digest
 from limaml.interactions.log_manifest import read_manifest
+from limaml.interactions.schema import Task
 from limaml.interactions.side_tables import SideTables
+from limaml.interactions.tombstones import Tombstone, named
 from limaml.meta import TrainedModel, load_model
 from limaml.store import Store, open_store
 from limaml.types import ROW
@@ -157,6 +160,21 @@ class Workspace:
         known = given.height - fresh.height
         rest = f"; {known:,} known ones keep the features they have until the next training" if known else ""
         return f"Features of {fresh.height:,} new '{key}' were added{rest}."
+
+    def forget_features(self, task: Task, keys: Collection[str]) -> int:
+        """Remove tasks from the side table that describes them, and from the candidates; returns how many rows."""
+        side = self.folder / "side" / "tables.json"
+        files = json.loads(side.read_text(encoding="utf-8")) if side.exists() else {}
+        paths = [self.folder / "side" / file for key, file in files.items() if key == "+".join(task.columns)]
+        paths += [self.folder / "candidates.parquet"] if (self.schema.row,) == task.columns else []
+        removed = 0
+        for path in (path for path in paths if path.exists()):
+            table = pl.read_parquet(path)
+            gone = named(table, {task.name: Tombstone(task.columns, frozenset(keys))})
+            if gone.any():
+                _write_parquet(table.filter(~gone), path)
+                removed += int(gone.sum())
+        return removed
 
     def joined(self, interactions: pl.DataFrame) -> tuple[pl.DataFrame, str]:
         """Interactions with the kept side tables joined and exact duplicates dropped, as in training; and a sentence

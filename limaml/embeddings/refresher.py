@@ -138,6 +138,11 @@ class Refresher:
             result[version.id] = sum(len(windows.changed_since(t, since)) for t in self._model(version).model.tasks)
         return result
 
+    @property
+    def missed(self) -> int:
+        """Appends to the log that the windows have not taken in."""
+        return max(0, self._log.position - self.windows.position)
+
     def close(self) -> None:
         if self._windows is not None:
             self._windows.close()
