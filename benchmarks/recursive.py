@@ -93,7 +93,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"*Made by `{results['command']}` from `benchmarks/results/recursive.json`; do not edit.*",
         "",
         "Newton's posterior after some rows can be the prior of the next ones: `model.embed(data, task, new_rows, "
-        "uncertainty=True, before=posterior)` needs no earlier row, and keeps `dim·(dim+1)/2` numbers a task beside the embedding. "
+        "uncertainty=True, before=posterior)` needs no earlier row, and keeps `dim·(dim+1)/2` numbers a task beside the embedding "
+        "(in a store: `limaml embed --uncertainty`, then `limaml.embeddings.update(store, name, trained, new_rows)`). "
         "Where logits are linear in z and labels are Gaussian that is exact. Here it is not: a row's slope and "
         "curvature stay where they were taken, around an embedding that knew less, and what is learned is never forgotten. So:",
         "",

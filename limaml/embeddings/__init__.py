@@ -2,6 +2,7 @@
 
 from limaml.embeddings.generate import Generated, generate
 from limaml.embeddings.publish import publish
+from limaml.embeddings.recursive import update
 from limaml.embeddings.refresh import Refreshed, refresh
 
-__all__ = ["Generated", "Refreshed", "generate", "publish", "refresh"]
+__all__ = ["Generated", "Refreshed", "generate", "publish", "refresh", "update"]
