@@ -86,10 +86,10 @@ def replay(
     """
     place = Workspace(folder)
     kept = _letters(folder)
-    decoder = decoder_for(place, max_ahead=max_ahead, epoch=epoch)
-    done = kept.replay(decoder, place.log(place.schema), letters or None)
-    say([f"{done.taken:,} events are rows of the log now; {done.kept:,} are refused still."])
     with place.store(store) as opened, place.refresher(opened, store) as refresher:
+        decoder = decoder_for(place, refresher, max_ahead=max_ahead, epoch=epoch)
+        done = kept.replay(decoder, place.log(place.schema), letters or None)
+        say([f"{done.taken:,} events are rows of the log now; {done.kept:,} are refused still."])
         fresh = fresh_of(refresher.run())
     say([f"{fresh.tasks:,} tasks were adapted again."])
 

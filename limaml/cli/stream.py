@@ -17,8 +17,7 @@ from rich.status import Status
 
 from limaml.cli.console import console, say
 from limaml.cli.workspace import Workspace
-from limaml.embeddings.refresher import RefreshReport
-from limaml.interactions.index import time_values
+from limaml.embeddings.refresher import Refresher, RefreshReport
 from limaml.interactions.side_tables import SideTables
 from limaml.stream.dead_letters import DeadLetters
 from limaml.stream.decode import Decoder
@@ -96,7 +95,7 @@ def stream_command(
         stop = stack.enter_context(_told_to_stop())
         worker = Worker(
             sources,
-            decoder_for(place, max_ahead=max_ahead, epoch=epoch),
+            decoder_for(place, refresher, max_ahead=max_ahead, epoch=epoch),
             place.log(trained.encoder.schema),
             DeadLetters(folder),
             lambda: fresh_of(refresher.run()),
@@ -113,20 +112,17 @@ def stream_command(
     say(_summary(totals, time.monotonic() - began, folder))
 
 
-def decoder_for(place: Workspace, *, max_ahead: float, epoch: str) -> Decoder:
+def decoder_for(place: Workspace, refresher: Refresher, *, max_ahead: float, epoch: str) -> Decoder:
     """What makes rows for the log of a run folder out of events."""
-    schema = place.schema
-    log = place.log(schema)
-    latest = None
-    if (
-        schema.time is not None
-        and log.schema.get(schema.time, None) is not None
-        and log.schema[schema.time].is_numeric()
-    ):
-        times = [time_values(frame[schema.time])[0] for _, frame in log.buckets() if frame.height]
-        latest = max((int(each.max()) for each in times), default=None)
-    accepts = Readable(place.trained.encoder, SideTables(place.folder / "side"))
-    return Decoder(log.schema, schema, epoch=epoch, max_ahead_s=max_ahead, latest=latest, accepts=accepts)
+    encoder = place.trained.encoder
+    return Decoder(
+        place.log(encoder.schema).schema,
+        encoder.schema,
+        epoch=epoch,
+        max_ahead_s=max_ahead,
+        latest=lambda: refresher.windows.newest,
+        accepts=Readable(encoder, SideTables(place.folder / "side")),
+    )
 
 
 def fresh_of(report: RefreshReport) -> Fresh:

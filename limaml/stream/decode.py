@@ -40,7 +40,7 @@ class Decoder:
     """Events for a log with the columns and types `types`, described by `schema`.
 
     `epoch` is the unit of numbers that stand for times in a column of datetimes (s, ms, us, ns). `max_ahead_s` is how far
-    an event may lie in the future; times in a column of integers are compared in the unit in which `latest`, a time of
+    an event may lie in the future; times in a column of integers are compared in the unit in which `latest()`, a time of
     the log, lies between 1990 and now, and not at all where there is none. `accepts` raises a `DataError` for rows that the
     model could not read; what it refuses is searched for row by row. `now` is the clock.
     """
@@ -52,7 +52,7 @@ class Decoder:
         *,
         epoch: str = "s",
         max_ahead_s: float = 300.0,
-        latest: int | None = None,
+        latest: Callable[[], int | None] = lambda: None,
         accepts: Callable[[pl.DataFrame], object] | None = None,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ) -> None:
@@ -83,7 +83,8 @@ class Decoder:
             )
         if problems:
             raise ConfigError("\n".join(problems))
-        self._scale = _epoch_scale(latest, now())
+        self._latest: Callable[[], int | None] = latest
+        self._scale: float | None = None  # microseconds in one unit of an integer time, once it is known
 
     def decode(self, payloads: Sequence[bytes]) -> Decoded:
         """Rows and refusals of `payloads` `[n]`."""
@@ -154,6 +155,8 @@ class Decoder:
             )
         rows = np.flatnonzero(without_nan(column).is_not_null().to_numpy())
         times, unit = time_values(column.drop_nulls())
+        if unit == "integer" and self._scale is None:
+            self._scale = _epoch_scale(self._latest(), self._now())
         scale = 1.0 if unit == "us" else self._scale
         if scale is not None:
             now = (self._now() - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)) // datetime.timedelta(

@@ -150,7 +150,7 @@ def test_the_future_is_known_by_the_unit_of_the_log_where_times_are_integers() -
     at = int(NOW.timestamp())
 
     def refused(value: int, latest: int | None) -> bool:
-        made = Decoder(types, SCHEMA, now=lambda: NOW, latest=latest)
+        made = Decoder(types, SCHEMA, now=lambda: NOW, latest=lambda: latest)
         return 0 in made.decode([json.dumps({**GOOD, "at": value}).encode()]).refused
 
     assert refused(at + 301, latest=at - 9999)
