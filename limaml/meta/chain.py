@@ -7,76 +7,14 @@ dozen calls that stay in the cache.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from limaml.meta.activations import Activation, activation_of
+
 __all__ = ["Chain", "chain_of"]
-
-_aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class _Activation:
-    """`forward(u, out)` fills `out`; `backward(slope, u, a)` turns the slope by the output a into that by u, in place;
-    `curvature(u, a)` is the second derivative: None where it is 0, or `unknown`."""
-
-    forward: Callable[[Tensor, Tensor], object]
-    backward: Callable[[Tensor, Tensor, Tensor], object]
-    curvature: Callable[[Tensor, Tensor], Tensor] | None = None
-    in_place: bool = True
-    """Whether backward and curvature need a alone, so that a may take u's place."""
-    unknown: bool = False
-
-
-def _silu_curvature(u: Tensor, a: Tensor) -> Tensor:
-    s = torch.sigmoid(u)
-    return s * (1 - s) * (2 + u * (1 - 2 * s))
-
-
-def _gelu_curvature(u: Tensor, a: Tensor) -> Tensor:
-    return torch.exp(-(u**2) / 2) * (2 - u**2) / math.sqrt(2 * math.pi)
-
-
-def _activation(module: nn.Module) -> _Activation | None:
-    kind = type(module)
-    if kind is nn.ReLU:
-        return _Activation(
-            lambda u, out: torch.clamp_min(u, 0, out=out),
-            lambda slope, u, a: _aten.threshold_backward.grad_input(slope, a, 0, grad_input=slope),
-        )
-    if kind is nn.Tanh:
-        return _Activation(
-            lambda u, out: torch.tanh(u, out=out),
-            lambda slope, u, a: _aten.tanh_backward.grad_input(slope, a, grad_input=slope),
-            lambda u, a: 2 * a * (a * a - 1),
-        )
-    if kind is nn.Sigmoid:
-        return _Activation(
-            lambda u, out: torch.sigmoid(u, out=out),
-            lambda slope, u, a: _aten.sigmoid_backward.grad_input(slope, a, grad_input=slope),
-            lambda u, a: a * (1 - a) * (1 - 2 * a),
-        )
-    if kind is nn.SiLU:
-        return _Activation(
-            lambda u, out: _aten.silu.out(u, out=out),
-            lambda slope, u, a: _aten.silu_backward.grad_input(slope, u, grad_input=slope),
-            _silu_curvature,
-            in_place=False,
-        )
-    if isinstance(module, nn.GELU) and kind is nn.GELU:
-        how = module.approximate
-        return _Activation(
-            lambda u, out: _aten.gelu.out(u, approximate=how, out=out),
-            lambda slope, u, a: _aten.gelu_backward.grad_input(slope, u, approximate=how, grad_input=slope),
-            _gelu_curvature if how == "none" else None,
-            in_place=False,
-            unknown=how != "none",
-        )
-    return None
 
 
 def _passes(module: nn.Module) -> bool:
@@ -95,9 +33,9 @@ def _watched(module: nn.Module) -> bool:
 
 def chain_of(layers: Sequence[nn.Module]) -> Chain | None:
     """The chain of an alternation of activations and Linear layers that ends with a Linear; None for anything else."""
-    activations: list[_Activation | None] = []
+    activations: list[Activation | None] = []
     linears: list[nn.Linear] = []
-    pending: _Activation | None = None
+    pending: Activation | None = None
     for layer in layers:
         if _watched(layer):
             return None
@@ -108,7 +46,7 @@ def chain_of(layers: Sequence[nn.Module]) -> Chain | None:
             linears.append(layer)
             pending = None
             continue
-        found = _activation(layer)
+        found = activation_of(layer)
         if found is None or pending is not None:
             return None
         pending = found
@@ -120,11 +58,11 @@ def chain_of(layers: Sequence[nn.Module]) -> Chain | None:
 class Chain:
     """`activation, Linear, activation, Linear, …` on rows, without gradients of autograd's.
 
-    One pass `forward`, then any number `backward`; or one `tangent` and one `reverse`. What a pass gives is a buffer that
+    One pass `forward`, then any number `backward`; or one `tangent` and one `reverse`; or one `steepest` and one `turn`. What a pass gives is a buffer that
     the next pass of its kind writes over.
     """
 
-    def __init__(self, activations: Sequence[_Activation | None], linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, activations: Sequence[Activation | None], linears: Sequence[nn.Linear]) -> None:
         self._layers = list(zip(activations, linears, strict=True))
         self._kept: list[tuple[Tensor, Tensor]] = []  # u and a of each layer
         self._moved: list[tuple[Tensor, Tensor]] = []  # their tangents
@@ -143,6 +81,12 @@ class Chain:
     def twice(self) -> bool:
         """Whether every activation's second derivative is known, so that `reverse` can be used."""
         return not any(activation is not None and activation.unknown for activation, _ in self._layers)
+
+    @property
+    def straight(self) -> bool:
+        """Whether there is one output and no activation bends, so that `turn` can be used."""
+        bends = any(a is not None and (a.unknown or a.curvature is not None) for a, _ in self._layers)
+        return self.heads == 1 and not bends
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -179,7 +123,7 @@ class Chain:
             self._activated(i, activation, kept[i - 1] if i else h, fresh=not i)
         return kept[-1]
 
-    def _activated(self, i: int, activation: _Activation | None, u: Tensor, *, fresh: bool) -> Tensor:
+    def _activated(self, i: int, activation: Activation | None, u: Tensor, *, fresh: bool) -> Tensor:
         """The activation's output for u, noted; if u is not `fresh`, its place is taken by the output already."""
         a = u
         if activation is not None:
@@ -248,3 +192,52 @@ class Chain:
             if activation is not None:
                 activation.backward(p, u, a)
         return q
+
+    def steepest(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The one output's derivative by the input of the last `forward`, `[n, in]`, and how the output moves as that moves
+        along `v` `[n, in]`, `[n, 1]`."""
+        by_input = self.backward(v.new_ones(len(v), 1))
+        each = torch.mul(by_input, v, out=self._buffer(0, "mixed", len(v), v.shape[1], v))
+        return by_input, each.sum(1, keepdim=True)
+
+    def turn(self, q: Tensor, p: Tensor, v: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """What `reverse(q, p, gradients)` adds to `gradients` after `tangent(v)`, for a chain that is `straight`, after
+        `steepest(v)`, with a product a layer; the derivative by the input is q times the steepest. `v` is written over."""
+        given, last = iter(gradients), len(self._layers) - 1
+        places = [(next(given), None if linear.bias is None else next(given)) for _, linear in self._layers]
+        for i, (activation, linear) in enumerate(self._layers[: max(1, last)]):
+            _, a = self._kept[i]
+            if activation is not None:
+                activation.backward(v, a, a)
+            mixed = torch.mul(a, q, out=self._buffer(i, "mixed", len(a), a.shape[1], a)).addcmul_(v, p)
+            weight, bias = places[i]
+            if i == last:  # the only layer
+                _add(weight, mixed.sum(0))
+                _add(bias, q.sum(0))
+            elif i == last - 1:
+                self._turn_head(q, mixed, *places[i], *places[last])
+            else:
+                slope = self._buffer(i + 1, "backward", len(v), linear.out_features, v)
+                if weight is not None:
+                    weight.addmm_(slope.t(), mixed)
+                _add(bias, slope.t() @ q[:, 0])
+                v = torch.mm(v, linear.weight.t(), out=self._buffer(i, "tangent", len(v), linear.out_features, v))
+
+    def _turn_head(self, q: Tensor, mixed: Tensor, *gradients: Tensor | None) -> None:
+        """`turn` for the last two Linear layers: all their gradients are in one product of what is open with `mixed`."""
+        (_, linear), (activation, head) = self._layers[-2:]
+        opened = self._buffer(len(self._layers) - 1, "opened", len(q), linear.out_features, q).fill_(1)
+        if activation is not None:
+            activation.backward(opened, *self._kept[-1])
+        sums, counts = opened.t() @ mixed, opened.t() @ q
+        weight, bias, of_head, head_bias = gradients
+        _add(weight, head.weight.t() * sums)
+        _add(bias, (head.weight.t() * counts)[:, 0])
+        shift = 0.0 if linear.bias is None else linear.bias * counts[:, 0]
+        _add(of_head, (linear.weight * sums).sum(1) + shift)
+        _add(head_bias, q.sum(0))
+
+
+def _add(gradient: Tensor | None, more: Tensor) -> None:
+    if gradient is not None:
+        gradient += more

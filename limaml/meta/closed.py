@@ -232,24 +232,34 @@ class _Slopes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor, e: Tensor) -> tuple[Tensor | None, ...]:
         closed, losses, (extra, y, weight, own, *given) = ctx.closed, ctx.losses, ctx.saved_tensors
-        wants, count = ctx.needs_input_grad, len(closed._read)
+        wants, count, chain = ctx.needs_input_grad, len(closed._read), closed.chain
         found, of_own = _zeros(given, wants[7:]), torch.zeros_like(own)
         of_extra, of_weight = torch.empty_like(e), torch.empty_like(e) if wants[4] else None
         of_variance = torch.zeros_like(losses.log_variance) if wants[5] else None
         for piece, hidden in closed.hidden(own, given[:count]):
             rows = piece.rows
             if ctx.kept:  # with what was added to the logits
-                logits = closed.chain.again(hidden, [out[rows] for out in ctx.kept])
+                logits = chain.again(hidden, [out[rows] for out in ctx.kept])
             else:
-                logits = closed.chain.forward(hidden).add_(extra[rows] if extra.dim() else extra)
-            along = closed.chain.tangent(piece.segments.rows(v[piece.tasks])) + e[rows]
+                logits = chain.forward(hidden).add_(extra[rows] if extra.dim() else extra)
+            moves, steepest = piece.segments.rows(v[piece.tasks]), None
+            if chain.straight:
+                steepest, along = chain.steepest(moves)
+            else:
+                along = chain.tangent(moves)
+            along = along + e[rows]
             slope, curvature = losses.slope_and_curvature_of(logits, y[rows], weight[rows])
             q = of_extra[rows] = curvature * along
             if of_weight is not None:
                 of_weight[rows] = losses.slope(logits, y[rows], torch.ones_like(along)) * along
             if of_variance is not None:
                 of_variance -= torch.where(losses.squared, (slope * along).sum(0), 0.0)
-            closed.scattered(piece, closed.chain.reverse(q, slope, found[count:]), of_own, found[:count])
+            if steepest is None:
+                back = chain.reverse(q, slope, found[count:])
+            else:
+                chain.turn(q, slope, moves, found[count:])
+                back = steepest.mul_(q)
+            closed.scattered(piece, back, of_own, found[:count])
         return (
             None,
             None,

@@ -26,7 +26,7 @@ cases = st.builds(
     Case,
     sizes=st.lists(st.sampled_from([0, 1, 2, 7, 30]), min_size=1, max_size=5).filter(any),
     losses=st.sampled_from([("binary",), ("binary", "squared")]),
-    global_block=st.sampled_from(["interaction", "cross", "concat", "plain"]),
+    global_block=st.sampled_from(["interaction", "cross", "concat", "straight", "plain"]),
     types=st.sampled_from([("user",), ("user", "item")]),
     missing=st.booleans(),
 )
@@ -102,6 +102,53 @@ def test_a_chain_is_what_autograd_does(activation: nn.Module, heads: int, first:
             for weight in (1.0, 2.0):  # back a second time, as Newton does for each head
                 expected = torch.autograd.grad(truth, x, slope * weight, retain_graph=True)[0]
                 torch.testing.assert_close(chain.backward(slope * weight), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=4),
+    st.integers(0, 6),
+    st.integers(0, 1000),
+)
+def test_to_turn_is_to_take_a_tangent_and_reverse(kinds: list[tuple[bool, bool, bool]], rows: int, seed: int) -> None:
+    generator, widths = torch.Generator().manual_seed(seed), [*[5, 4, 3, 6][: len(kinds)], 1]
+    layers: list[nn.Module] = []
+    frozen: list[bool] = []
+    for width, out, (active, bias, still) in zip(widths[:-1], widths[1:], kinds, strict=True):
+        layers += [nn.ReLU()] if active else []
+        layers.append(nn.Linear(width, out, bias=bias))
+        frozen += [still, not still] if bias else [still]
+    chain = chain_of([layer.double() for layer in layers])
+    assert chain is not None and chain.straight
+    for parameter in chain.parameters:
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.detach().copy_(
+            torch.where(values.abs() < 0.2, 0.0, values)
+        )  # some weights are 0: nothing divides by one
+    h, v = (torch.randn(rows, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    q, p = (torch.randn(rows, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    found, truth = (
+        [None if still else torch.ones_like(w) for still, w in zip(frozen, chain.parameters, strict=True)]
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        chain.forward(h.clone())
+        expected = chain.tangent(v.clone()).clone(), chain.reverse(q, p, truth).clone()
+        steepest, along = chain.steepest(v)
+        chain.turn(q, p, v.clone(), found)
+    assert_same([along, steepest * q], list(expected))
+    assert [g is None for g in found] == frozen
+    assert_same([g for g in found if g is not None], [g for g in truth if g is not None])
+
+
+def test_what_bends_or_has_several_heads_is_not_straight() -> None:
+    for layers in (
+        [nn.Linear(3, 2)],
+        [nn.Tanh(), nn.Linear(3, 1)],
+        [nn.Linear(3, 2), nn.GELU("tanh"), nn.Linear(2, 1)],
+    ):
+        chain = chain_of(layers)
+        assert chain is not None and not chain.straight
 
 
 @pytest.mark.parametrize(
