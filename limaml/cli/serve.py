@@ -54,6 +54,17 @@ def serve_command(
     drain: Annotated[float, Parameter(help="Seconds for what is in flight when the server is told to end.")] = 10.0,
     pinned: Annotated[int, Parameter(help="Other versions that stay loaded for who asks for them by name.")] = 2,
     cache_mib: Annotated[int, Parameter(help="MiB for encodings of rows, for each model.")] = 64,
+    split: Annotated[
+        list[str] | None,
+        Parameter(help="VERSION=SHARE of the members who see that version; repeat for more.", negative=()),
+    ] = None,
+    shadow: Annotated[
+        str | None,
+        Parameter(help="Version that scores all requests as well, unseen: only its differences are exported."),
+    ] = None,
+    record: Annotated[Path | None, Parameter(help="Folder for a sample of the requests: see check-served.")] = None,
+    record_share: Annotated[float, Parameter(help="Share of the requests that is recorded.")] = 0.01,
+    record_mib: Annotated[int, Parameter(help="MiB of records; the oldest go.")] = 256,
     log_requests: Annotated[Literal["all", "errors", "none"], Parameter(help="Which requests are logged.")] = "errors",
 ) -> None:
     """Serve scores out of a store: Open Inference Protocol v2 (HTTP, gRPC), and JSON at POST /v1/score.
@@ -70,6 +81,7 @@ def serve_command(
     if grpc_port is not None:
         require("grpc", "grpc")
     from limaml.serving.access import check_bind, check_tls, read_token
+    from limaml.serving.beside import Beside, standing
     from limaml.serving.logs import log_as_json
     from limaml.serving.server import Listening, serve
     from limaml.serving.service import Options, Service
@@ -93,7 +105,9 @@ def serve_command(
             onnx_folder=Path(onnx_folder),
             cache_bytes=cache_mib * 2**20,
         )
+        beside = Beside.of(versions.ready(), split or (), shadow, record, record_share, record_mib * 2**20)
         options = Options(
+            kept=beside.versions,
             max_batch=max_batch,
             queue=queue,
             timeout=timeout,
@@ -110,7 +124,9 @@ def serve_command(
 
         async def run() -> None:
             log_as_json()
-            await serve(Service(versions, options), listening, announce)
+            service = Service(versions, options)
+            async with standing(beside, service):
+                await serve(service, listening, announce)
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(run())

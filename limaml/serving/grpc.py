@@ -13,11 +13,13 @@ import asyncio
 import hmac
 import logging
 import re
+import sys
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from limaml.errors import ConfigError, require
 from limaml.serving.grpc_messages import decode_infer, encode_infer, encode_metadata, message, parse
@@ -33,6 +35,17 @@ else:
 __all__ = ["STATUS", "GrpcServer"]
 
 logger = logging.getLogger("limaml.serving.grpc")
+access = logging.getLogger("limaml.serving.access")
+
+ENDPOINTS = {
+    "ServerLive": "grpc_health",
+    "ServerReady": "grpc_health",
+    "ModelReady": "grpc_ready",
+    "ServerMetadata": "grpc_metadata",
+    "ModelMetadata": "grpc_metadata",
+    "ModelInfer": "grpc_infer",
+}
+"""Method → what it is counted under."""
 
 STATUS: Mapping[int, grpc.StatusCode] = {
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -61,11 +74,19 @@ Answer = Callable[[bytes, "Context"], Awaitable[bytes]]
 class GrpcServer:
     """Answers for one service. `token` is the bearer token that `authorization` must carry; health is asked without.
 
-    `max_body` bounds a request, in bytes, also after it is decompressed.
+    `max_body` bounds a request, in bytes, also after it is decompressed. `log` says which requests are logged.
     """
 
-    def __init__(self, service: Service, *, max_body: int = 10 * 2**20, token: str | None = None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        max_body: int = 10 * 2**20,
+        token: str | None = None,
+        log: Literal["all", "errors", "none"] = "errors",
+    ) -> None:
         self.service, self._token = service, token
+        self._least_logged = {"all": 0, "errors": 400, "none": 1000}[log]
         self._draining = False
         self._server = aio.server(
             options=[
@@ -86,12 +107,12 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(
-                    SERVICE, {name: unary(self._guarded(answer)) for name, answer in answers.items()}
+                    SERVICE, {name: unary(self._guarded(ENDPOINTS[name], answer)) for name, answer in answers.items()}
                 ),
                 grpc.method_handlers_generic_handler(
                     HEALTH,
                     {
-                        "Check": unary(self._guarded(self._check, open_to_all=True)),
+                        "Check": unary(self._guarded("grpc_health", self._check, open_to_all=True)),
                         "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
                     },
                 ),
@@ -122,13 +143,15 @@ class GrpcServer:
         self._draining = True
         await self._server.stop(grace)
 
-    def _guarded(self, answer: Answer, *, open_to_all: bool = False) -> Answer:
-        """An answer whose refusals become statuses, for those who may ask."""
+    def _guarded(self, endpoint: str, answer: Answer, *, open_to_all: bool = False) -> Answer:
+        """An answer whose refusals become statuses, for those who may ask; counted and logged as `endpoint`."""
 
         async def guarded(raw: bytes, context: Context) -> bytes:
+            begun = time.perf_counter()
             metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
             request_id = _request_id(metadata.get("x-request-id"))
             trailing: list[tuple[str, str]] = [("x-request-id", request_id)]
+            said: Refused | None = None
             try:
                 if not open_to_all:
                     self._authorise(metadata.get("authorization"))
@@ -137,8 +160,10 @@ class GrpcServer:
             except Refused as refusal:
                 said = refusal
             except Exception:
-                logger.exception("Request %s failed.", request_id)
-                said = Refused(500, f"Something is wrong on the server; its log says more under {request_id}.")
+                logger.exception("A request failed.", extra={"request_id": request_id})
+                said = Refused(500, f"The server failed at this request; its log says why at {request_id}.")
+            finally:
+                self._note(endpoint, request_id, said, time.perf_counter() - begun)
             if said.retry_after is not None:
                 trailing.append(("grpc-retry-pushback-ms", str(int(said.retry_after * 1000))))
             code = STATUS.get(said.status, grpc.StatusCode.INVALID_ARGUMENT)
@@ -146,6 +171,27 @@ class GrpcServer:
             raise AssertionError("abort raises")
 
         return guarded
+
+    def _note(self, endpoint: str, request_id: str, refusal: Refused | None, seconds: float) -> None:
+        """Count and log a request as HTTP's are, its status in HTTP's words; 499: the caller went away."""
+        cancelled = refusal is None and isinstance(sys.exception(), asyncio.CancelledError)
+        status = 499 if cancelled else 200 if refusal is None else refusal.status
+        self.service.metrics.requests.labels(endpoint, str(status)).inc()
+        self.service.metrics.seconds.labels(endpoint).observe(seconds)
+        if status >= self._least_logged:
+            access.log(
+                logging.INFO if status < 500 else logging.WARNING,
+                "%s %d",
+                endpoint,
+                status,
+                extra={
+                    "request_id": request_id,
+                    "endpoint": endpoint,
+                    "status": status,
+                    "milliseconds": round(1000 * seconds, 3),
+                    "error": None if refusal is None else refusal.message,
+                },
+            )
 
     def _authorise(self, given: str | bytes | None) -> None:
         if self._token is None:

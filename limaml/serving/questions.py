@@ -15,9 +15,18 @@ from limaml.interactions.columns import nearest, show
 from limaml.serving.columns import Column
 from limaml.serving.scoring import Asked, Entries, Scorer
 from limaml.serving.tensors import InferTensor, Refused
-from limaml.types import FeatureKind
+from limaml.types import ROW, FeatureKind
 
-__all__ = ["SHADOWED", "Answer", "Question", "column_of_tensor", "column_of_values", "columns_of_rows", "rows_of"]
+__all__ = [
+    "SHADOWED",
+    "Answer",
+    "Question",
+    "column_of_tensor",
+    "column_of_values",
+    "columns_of_rows",
+    "refuse_partial",
+    "rows_of",
+]
 
 SHADOWED = "shadowed"
 """Parameter of a question that is scored in the shadow of another: nobody reads its answer."""
@@ -145,6 +154,20 @@ def rows_of(columns: Mapping[str, Column], limit: int) -> int:
     if rows > limit:
         raise Refused(400, f"The request has {rows} rows; at most {limit} are scored at once. Send them in parts.")
     return rows
+
+
+def refuse_partial(columns: Mapping[str, Column], scorer: Scorer) -> None:
+    """A task's features come all together or not at all: with some of them alone, the rest would be guessed."""
+    elsewhere = {column for task in scorer.schema.tasks for column in task.columns}
+    elsewhere |= {lookup.feature.column for lookup in scorer.lookups.on(ROW)}
+    for task in scorer.schema.tasks:
+        own = {lookup.feature.column for lookup in scorer.lookups.on(task.name)} - elsewhere
+        missing = sorted(own - columns.keys())
+        if missing and len(missing) < len(own):
+            raise Refused(
+                400, f"Features of '{task.name}' must be sent all or none (the store knows those of the tasks it knows); "
+                f"{', '.join(map(repr, missing))} are missing."
+            )  # fmt: skip
 
 
 def column_of_values(name: str, values: Sequence[Any], scorer: Scorer, where: str) -> Column:

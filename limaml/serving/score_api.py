@@ -35,7 +35,9 @@ class ScoreRequest(BaseModel):
     task: Row | None = None
     candidates: list[Row] | None = None
     version: str | None = Field(default=None, description="A version to score with; the current one if left out.")
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="sample, seed, scale, logit_sd: docs/exploration.md."
+    )
 
 
 class ScoreResponse(BaseModel):
@@ -47,6 +49,10 @@ class ScoreResponse(BaseModel):
     logits: dict[str, list[float | None]]
     known: list[bool] = Field(description="Whether the store knew all tasks of the row; if not, it is scored cold.")
     store: str | None = Field(default=None, description="'down' if the store did not answer, and all rows are cold.")
+    sampled: bool | None = Field(default=None, description="Whether the scores are of a draw (parameter 'sample').")
+    logit_sd: dict[str, list[float | None]] | None = Field(
+        default=None, description="How sure each logit is (parameter 'logit_sd')."
+    )
 
 
 class Failure(BaseModel):
@@ -140,7 +146,13 @@ async def score(service: Service, asked: ScoreRequest) -> dict[str, Any]:
         "logits": {label: answer.logits[:, head].tolist() for head, label in enumerate(labels)},
         "known": answer.known.tolist(),
     }
-    return {**document, "store": "down"} if answer.store_down else document
+    if answer.store_down:
+        document["store"] = "down"
+    if answer.sampled:
+        document["sampled"] = True
+    if answer.deviations is not None:
+        document["logit_sd"] = {label: answer.deviations[:, head].tolist() for head, label in enumerate(labels)}
+    return document
 
 
 def make_api(service: Service) -> FastAPI:

@@ -96,7 +96,7 @@ async def _start_grpc(service: Service, listening: Listening) -> tuple[Any, str 
         return None, None
     from limaml.serving.grpc import GrpcServer
 
-    server = GrpcServer(service, max_body=listening.max_body, token=listening.token)
+    server = GrpcServer(service, max_body=listening.max_body, token=listening.token, log=listening.log)
     host = _shown(listening.host)
     port = await server.start(f"{host}:{listening.grpc_port}", listening.tls)
     return server, f"{host}:{port}"

@@ -26,7 +26,7 @@ import torch
 from limaml.embeddings.factors import factor_type
 from limaml.errors import DataError, LimamlError, StoreError
 from limaml.serving.metrics import Metrics
-from limaml.serving.questions import Answer, Question, column_of_tensor, rows_of
+from limaml.serving.questions import Answer, Question, column_of_tensor, refuse_partial, rows_of
 from limaml.serving.scoring import Asked, Entries
 from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused, TensorMetadata
 from limaml.serving.thompson import Sampling, deviations, posteriors_of, sampled, sampling_of
@@ -51,6 +51,7 @@ class Options:
     retry: float = 1.0  # between looks at a store that did not answer
     on_store_error: Literal["cold", "fail"] = "cold"
     pinned: int = 2  # versions beside the current one that stay loaded for those who ask for them
+    kept: tuple[str, ...] = ()  # versions that are loaded at the start and stay, whoever asks for others
     inline: bool = True  # score in the event loop
 
 
@@ -101,6 +102,8 @@ class Service:
         """Load and warm the version that is current; `ready` from then on."""
         self._serve(await self._in_loader(self.versions.load))
         self.metrics.store_up.set(1)
+        for version in self.options.kept:
+            await self._pin(version)
         self._tasks = [asyncio.create_task(self._score_forever()), asyncio.create_task(self._watch_forever())]
         self.metrics.ready.set(1)
 
@@ -264,8 +267,9 @@ class Service:
             except (LimamlError, OSError) as error:
                 self.metrics.reload_failures.inc()
                 raise Refused(503, f"Version {version} could not be loaded: {error}", retry_after=1) from error
-            while len(self._pinned) >= max(1, self.options.pinned):
-                self._retire(self._pinned.pop(next(iter(self._pinned))))
+            others = [other for other in self._pinned if other not in self.options.kept]
+            while version not in self.options.kept and len(others) >= max(1, self.options.pinned):
+                self._retire(self._pinned.pop(others.pop(0)))
             self._pinned[version] = loaded
             return loaded
 
@@ -302,6 +306,7 @@ class Service:
         if loaded is None:
             async with self.using(question.version) as found:
                 return await self.answer(question, found, begun)
+        refuse_partial(question.columns, loaded.scorer)
         try:
             asked = loaded.scorer.ask(question.columns, question.rows)
         except DataError as error:

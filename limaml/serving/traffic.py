@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from limaml.errors import ConfigError, require
 from limaml.serving.questions import SHADOWED, Answer, Question
+from limaml.serving.record import Recorder
 from limaml.serving.scoring import Asked
 from limaml.serving.tensors import Refused
 
@@ -128,6 +129,9 @@ class Shadow:
         except TimeoutError:
             self._observe("dropped", np.zeros(0))
         except Refused as refusal:
+            if refusal.status == 503:  # the server is stopping, or has too much to do
+                self._observe("dropped", np.zeros(0))
+                return
             logger.warning("Version %s refuses a request in the shadow: %s", self.version, refusal.message)
             self._observe("failed", np.zeros(0))
         except Exception:
@@ -146,7 +150,7 @@ class Shadow:
 
 
 class TrafficMetrics:
-    """What a split and a shadow add to a server's metrics."""
+    """What stands beside a service adds this to its metrics."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         client = require("prometheus_client", "serve")
@@ -159,6 +163,8 @@ class TrafficMetrics:
             ("version", "outcome"),
             registry=registry,
         )
+        self._kept = client.Gauge("limaml_recorded", "Requests that were recorded.", registry=registry)
+        self._lost = client.Gauge("limaml_record_lost", "Requests that could not be recorded.", registry=registry)
         self._off = client.Histogram(
             "limaml_shadow_logit_difference",
             "|logit of the version in the shadow − the one that was answered|.",
@@ -166,6 +172,11 @@ class TrafficMetrics:
             registry=registry,
             buckets=DIFFERENCES,
         )
+
+    def records(self, recorder: Recorder) -> None:
+        """Export how many requests a recorder has kept, and how many it could not."""
+        self._kept.set_function(lambda: recorder.kept)
+        self._lost.set_function(lambda: recorder.lost)
 
     def answered(self, question: Question, answer: Answer) -> None:
         """An observer for `Service`."""

@@ -28,6 +28,7 @@ from tritonclient.utils import InferenceServerException
 from limaml.errors import ConfigError
 from limaml.serving.grpc import GrpcServer
 from limaml.serving.grpc_messages import message
+from limaml.serving.metrics import Metrics
 from limaml.serving.service import Service
 from limaml.serving.tensors import (
     InferRequest,
@@ -45,7 +46,8 @@ MAX_BODY = 2**20
 class Sums(Service):
     """Sends back what it is given, and the sum of all numbers. An input `refuse` names a status, `sleep` seconds."""
 
-    is_ready = True
+    def __init__(self) -> None:
+        self.is_ready, self.metrics = True, Metrics()
 
     def ready(self, name: str | None = None, version: str | None = None) -> bool:
         return self.is_ready and name in (None, "sums") and version in (None, "v1")
@@ -312,7 +314,8 @@ def test_a_bug_is_internal_and_says_where_to_look(
     request = infer_request(("fail", "FP32", [0], {}))
     code, details = status_of(lambda: stub.ModelInfer(request, metadata=[("x-request-id", "abc-1")]))
     assert code is grpc.StatusCode.INTERNAL and "abc-1" in details
-    assert "a bug" not in details and "RuntimeError: a bug" in caplog.text and "abc-1" in caplog.text
+    assert "a bug" not in details and "RuntimeError: a bug" in caplog.text
+    assert "abc-1" in {getattr(record, "request_id", None) for record in caplog.records}
 
 
 def test_request_ids_are_taken_or_made(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
@@ -341,6 +344,24 @@ def test_large_messages_are_refused_also_when_they_are_small_on_the_wire(client:
         assert refusal.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
     fits = tensor("x", np.ones(1000, np.float32), "FP32")
     assert client.infer("sums", [fits], compression_algorithm="gzip").as_numpy("sum") == [1000]
+
+
+def test_requests_are_counted_beside_https(stub: service_pb2_grpc.GRPCInferenceServiceStub, running: Running) -> None:
+    value = running.service.metrics.registry.get_sample_value
+
+    def counted(endpoint: str, status: str) -> float:
+        return value("limaml_requests_total", {"endpoint": endpoint, "status": status}) or 0
+
+    before = counted("grpc_infer", "200"), counted("grpc_infer", "400"), counted("grpc_infer", "499")
+    stub.ModelInfer(infer_request(X))
+    status_of(lambda: stub.ModelInfer(infer_request(X, X)))
+    status_of(lambda: stub.ModelInfer(infer_request(("sleep", "FP64", [1], {"fp64_contents": [60]})), timeout=0.1))
+    until = time.monotonic() + 30
+    while counted("grpc_infer", "499") == before[2] and time.monotonic() < until:
+        time.sleep(0.01)  # the server learns a moment later that nobody waits any more
+    after = counted("grpc_infer", "200"), counted("grpc_infer", "400"), counted("grpc_infer", "499")
+    assert after == tuple(number + 1 for number in before)
+    assert value("limaml_request_seconds_count", {"endpoint": "grpc_infer"}) >= 3
 
 
 METHODS = ["ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"]
