@@ -1,0 +1,1 @@
+"""What an online request costs, end to end: `python -m benchmarks.serving`."""
