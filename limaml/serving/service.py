@@ -88,6 +88,7 @@ class Service:
         self._pinning = asyncio.Lock()
         self._waiting: list[_Waiting] = []
         self._in_flight = 0
+        self.metrics.in_flight.set_function(lambda: self._in_flight)
         self._wake = asyncio.Event()
         self._draining = False
         self._store_down_until: float | None = None
