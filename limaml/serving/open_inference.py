@@ -102,37 +102,34 @@ def _input(entry: Any, number: int, raw: memoryview) -> tuple[InferTensor, int]:
 def _array(data: list[Any], datatype: str, shape: list[int], where: str) -> NDArray[Any]:
     """Values out of JSON, flat or nested as the shape, as an array of that shape."""
     dtype, size = numpy_dtype(datatype, where), check_shape(shape, where)
+    if data and isinstance(data[0], list):
+        data = _flattened(data, where)
+    allowed, what = _ALLOWED[dtype.kind]
+    if not allowed.issuperset(map(type, data)):
+        raise Refused(400, f"{where} is {datatype}, and not all its data are {what}.")
+    if len(data) != size:
+        raise Refused(400, f"{where} has {len(data)} values; shape {shape} takes {size}.")
     if dtype.hasobject:
-        flat = _flattened(data, where)
-        if not all(isinstance(value, str) for value in flat):
-            raise Refused(400, f"{where} is BYTES, and not all its data are texts.")
-        array = np.empty(len(flat), dtype=np.object_)
-        array[:] = [value.encode("utf-8", "surrogatepass") for value in flat]
+        array = np.empty(size, dtype=np.object_)
+        array[:] = [value.encode("utf-8", "surrogatepass") for value in data]
     else:
         try:
-            array = np.array(data if not data or not isinstance(data[0], list) else _flattened(data, where))
-        except (ValueError, OverflowError) as error:
-            raise Refused(400, f"{where} has data that are no numbers: {error}.") from None
-        if array.ndim != 1:
-            raise Refused(400, f"{where} has lists among its data.")
-        _check_kind(array, dtype, datatype, where)
-        with np.errstate(over="ignore"):
-            array = array.astype(dtype)
-    if len(array) != size:
-        raise Refused(400, f"{where} has {len(array)} values; shape {shape} takes {size}.")
+            with np.errstate(over="ignore"):
+                array = np.array(data, dtype=dtype)
+        except OverflowError:
+            bounds = np.iinfo(dtype)
+            wrong = next(value for value in data if not bounds.min <= value <= bounds.max)
+            raise Refused(400, f"{where} holds {wrong}, which is no {datatype}.") from None
     return array.reshape(shape)
 
 
-def _check_kind(array: NDArray[Any], dtype: np.dtype[Any], datatype: str, where: str) -> None:
-    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
-    if len(array) and array.dtype.kind not in allowed:
-        what = {"b": "Booleans", "i": "integers", "u": "integers", "f": "numbers"}[dtype.kind]
-        raise Refused(400, f"{where} is {datatype}, and not all its data are {what}.")
-    if dtype.kind in "iu" and len(array):
-        least, most = int(array.min()), int(array.max())
-        bounds = np.iinfo(dtype)
-        if least < bounds.min or most > bounds.max:
-            raise Refused(400, f"{where} holds {least if least < bounds.min else most}, which is no {datatype}.")
+_ALLOWED: Mapping[str, tuple[frozenset[type], str]] = {
+    "b": (frozenset({bool}), "Booleans"),
+    "i": (frozenset({int}), "integers"),
+    "u": (frozenset({int}), "integers"),
+    "f": (frozenset({int, float}), "numbers"),
+    "O": (frozenset({str}), "texts"),
+}
 
 
 def _flattened(data: list[Any], where: str) -> list[Any]:
