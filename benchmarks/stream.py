@@ -156,6 +156,7 @@ def half_loaded(
         "p50_s": float(np.quantile(delays, 0.5)),
         "p99_s": float(np.quantile(delays, 0.99)),
         "longest_s": float(delays.max()),
+        "slowest_batch": max(found["batches"], key=lambda batch: batch["append"] + batch["refresh"] + batch["commit"]),
     }
 
 

@@ -22,6 +22,7 @@ from limaml.cli.embed import embed_command
 from limaml.cli.export import export_command
 from limaml.cli.recommend import recommend_command
 from limaml.cli.refresh import refresh_command
+from limaml.cli.rollout import rollout_command
 from limaml.cli.score import score_command
 from limaml.cli.serve import serve_command
 from limaml.cli.store import store_app
@@ -63,6 +64,7 @@ app.command(embed_command, name="embed")
 app.command(refresh_command, name="refresh")
 app.command(stream_command, name="stream")
 app.command(dead_letters_app)
+app.command(rollout_command, name="rollout")
 app.command(score_command, name="score")
 app.command(serve_command, name="serve")
 app.command(recommend_command, name="recommend")

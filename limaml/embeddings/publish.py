@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from limaml.embeddings.factors import factor_dims, factor_type, pack_factors, prior_factor
-from limaml.embeddings.features import feature_width, features_type, pack_features
+from limaml.embeddings.features import feature_width, features_type, pack_features, task_of
 from limaml.embeddings.generate import Generated, generate
-from limaml.errors import DataError
+from limaml.errors import DataError, StoreError
 from limaml.meta.saved import TrainedModel
-from limaml.store.contract import Published, Store
+from limaml.store.contract import Publication, Published, Store
 from limaml.tasks import TaskRows
 from limaml.types import Interactions
 
@@ -59,6 +60,8 @@ def publish(
     note: str = "",
     uncertainty: bool = False,
     extra: Mapping[str, object] | None = None,
+    resume: bool = False,
+    activate: bool = True,
     tasks_per_put: int = 65536,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Published:
@@ -67,6 +70,8 @@ def publish(
     The version holds the meta embeddings, the tasks' own features, a cold embedding for unknown ids, and a copy of the
     model `folder`: all that scoring needs. With `uncertainty` (solver newton) also the factor of each task's posterior,
     all that Thompson sampling needs. Readers see the old version until all is written and verified.
+    With `resume`, what a publisher of the same model that was killed left is gone on with; without `activate` the version is
+    ready and not served. Whoever keeps the version fresh meanwhile may add tasks to it.
     `extra` is kept with the version; `log_position` says there which part of a log it holds. `progress` is called with (task
     type, tasks done, tasks in all).
     """
@@ -88,11 +93,14 @@ def publish(
         watermark=watermark_of(data, among),
         note=note,
         extra={"time_unit": data.time_unit, **(extra or {})},
+        resume=resume,
     ) as publication:
         for task in model.tasks:
             total = data.count(task)
-            for part in torch.split(torch.arange(total), tasks_per_put):
-                start = int(part[0]) if len(part) else 0
+            for part in torch.split(
+                _to_do(publication, data, task, dims) if resume else torch.arange(total), tasks_per_put
+            ):
+                start = int(part[0]) if len(part) else 0  # about, where some are left out
 
                 def tell(done: int, _of: int, task: str = task, start: int = start, total: int = total) -> None:
                     if progress is not None:
@@ -116,7 +124,25 @@ def publish(
                 unknown = pack_features(trained.encoder.unknown_features(task), specs, task)
                 publication.put_cold(features_type(task), unknown[0])
                 expected[features_type(task)] = total
-        return publication.commit(expected=expected)
+        try:
+            return publication.commit(expected=expected, activate=activate)
+        except StoreError:  # a stream may have added tasks; that all of these are there is seen one by one
+            forgotten = {name: set(store.forgotten(task_of(name))) for name in expected}
+            if any(_missing(publication, data, name, forgotten[name]) for name in expected):
+                raise
+            return publication.commit(activate=activate)
+
+
+def _to_do(publication: Publication, data: Interactions, task: str, dims: Mapping[str, int]) -> Tensor:
+    """The tasks that lack something which an earlier publisher did not come to."""
+    has = [publication.written(name, data.ids[task]) for name in dims if task_of(name) == task]
+    return torch.from_numpy(np.flatnonzero(~np.all(has, axis=0)))
+
+
+def _missing(publication: Publication, data: Interactions, name: str, forgotten: Collection[str]) -> bool:
+    ids = data.ids[task_of(name)]
+    lacking = np.flatnonzero(~publication.written(name, ids))
+    return any(ids[place] not in forgotten for place in lacking)
 
 
 @torch.no_grad()

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
+from faults.processes import Nursery, nursery
 
 import limaml
 from limaml.cli import main
 
 from .world import World
+
+
+def trained_model(tables: Path, run: Path, *settings: str) -> None:
+    """`limaml train` on the tables of a folder."""
+    options = ["--task", "user_id", "--row", "item_id", "--time", "timestamp", "--label", "click"]
+    options += ["--task-features", str(tables / "users.parquet"), "--row-features", str(tables / "items.parquet")]
+    options += [
+        "model.embedding_dim=4",
+        "model.hidden=[8]",
+        "model.dim=4",
+        "train.rows_per_batch=512",
+        "train.epochs=1",
+    ]
+    main(["train", str(tables / "past.parquet"), *options, "adapt.max_support=12", *settings, "--out", str(run)])
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with nursery(tmp_path_factory.mktemp("workers")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
@@ -26,16 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
     past.write_parquet(folder / "past.parquet")
     drawn.users.write_parquet(folder / "users.parquet")
     drawn.items.write_parquet(folder / "items.parquet")
-    options = ["--task", "user_id", "--row", "item_id", "--time", "timestamp", "--label", "click"]
-    options += ["--task-features", str(folder / "users.parquet"), "--row-features", str(folder / "items.parquet")]
-    options += [
-        "model.embedding_dim=4",
-        "model.hidden=[8]",
-        "model.dim=4",
-        "train.rows_per_batch=512",
-        "train.epochs=1",
-    ]
-    main(["train", str(folder / "past.parquet"), *options, "adapt.max_support=12", "--out", str(folder / "run")])
+    trained_model(folder, folder / "run")
     main(["embed", str(folder / "run")])
     return World(folder / "run", past, whole.join(past, on=whole.columns, how="anti", maintain_order="left"))
 

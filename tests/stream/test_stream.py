@@ -14,7 +14,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from faults.processes import Nursery, Running, nursery
+from faults.processes import Nursery, Running
 from store.servers import valkey
 
 import limaml
@@ -30,12 +30,6 @@ KINDS = ["file", "redis", "nats", "kafka"]
 
 def stream(world: World, *arguments: str) -> None:
     main(["stream", str(world.run), *arguments])
-
-
-@pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery(tmp_path_factory.mktemp("workers")) as opened:
-        yield opened
 
 
 Start = Callable[..., AbstractContextManager[Running]]
