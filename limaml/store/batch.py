@@ -20,6 +20,7 @@ from limaml.store.packing import (
     DTYPES,
     LONGEST_PLAIN_ID,
     MAX_COUNT,
+    finite,
     hashed,
     identities,
     intact,
@@ -28,7 +29,7 @@ from limaml.store.packing import (
     unpack,
     value_size,
 )
-from limaml.store.runs import Run, merge, sort_order, spans_of
+from limaml.store.runs import LaterRun, Run, merge, sort_order, spans_of
 
 __all__ = [
     "Batch",
@@ -94,7 +95,7 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        return self.run.rows.nbytes + self.text_size + 16 * len(self.run)
+        return len(self.run) * (self.layout.size + 16) + self.text_size
 
     @cached_property
     def raws(self) -> list[bytes]:
@@ -148,8 +149,10 @@ def prepare(
     vectors: NDArray[np.floating[Any]],
     count: NDArray[np.int64],
     event_time: NDArray[np.int64],
+    later: bool = False,
 ) -> Batch:
-    """Check and pack a call's embeddings. Of repeated ids the highest revision stays (of equal ones the first)."""
+    """Check and pack a call's embeddings. Of repeated ids the highest revision stays (of equal ones the first). With `later`
+    values are packed when they are written: the arrays must stay as they are until then."""
     whose = f"task type '{layout.task_type}', version {layout.version} of model '{layout.model}'"
     array = np.asarray(vectors)
     n = len(ids)
@@ -168,10 +171,18 @@ def prepare(
     order = sort_order(
         hashes, lambda row: raw[(at := int(texts.starts[row])) : at + int(texts.lengths[row])], counts, times
     )
-    rows = pack(array, counts, times, layout.dtype, ids, f"{layout.task_type} ", order)
-    hashes = hashes[order]
-    seal(rows, hashes + np.uint64(layout.seed))
-    return Batch(layout, Run(hashes, rows, spans_of(texts)[order], raw), len(raw) - 8, n - len(order))
+    single = finite(array, layout.dtype, ids, f"{layout.task_type} ")
+    hashes, spans, size = hashes[order], spans_of(texts)[order], len(raw) - 8
+
+    def packed(start: int, stop: int) -> NDArray[np.uint8]:
+        some = order[start:stop]
+        rows = pack(single[some], counts[some], times[some], layout.dtype)
+        return seal(rows, hashes[start:stop] + np.uint64(layout.seed))
+
+    if later:
+        none = np.empty((0, layout.size), np.uint8)
+        return Batch(layout, LaterRun(hashes, none, spans, raw, pack=packed), size, n - len(order))
+    return Batch(layout, Run(hashes, packed(0, len(order)), spans, raw), size, n - len(order))
 
 
 def merged(batches: Sequence[Batch]) -> Batch:
@@ -214,8 +225,8 @@ def cold_value(layout: Layout, vector: NDArray[np.floating[Any]]) -> bytes:
             f"of {array.dtype}."
         )
     none = np.zeros(1, np.int64)
-    packed = pack(array[None], none, none, layout.dtype, ["(cold)"], f"{layout.task_type} ")
-    return seal(packed, _cold_seed(layout)).tobytes()
+    single = finite(array[None], layout.dtype, ["(cold)"], f"{layout.task_type} ")
+    return seal(pack(single, none, none, layout.dtype), _cold_seed(layout)).tobytes()
 
 
 def cold_rows(layout: Layout, value: bytes) -> NDArray[np.uint8]:

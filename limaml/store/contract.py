@@ -197,8 +197,9 @@ class Publication(Protocol):
         ...
 
     def commit(self, *, expected: Mapping[str, int] | None = None, activate: bool = True) -> Published:
-        """Read everything back, compare counts (with `expected` as well, where given; forgotten tasks may be missing) and
-        checksums, then make the version ready and, with `activate`, the current one: *one step*."""
+        """Read everything back, compare counts (with `expected` as well, where given: forgotten tasks may be missing, and
+        tasks that a refresh brought meanwhile come on top) and checksums, then make the version ready and, with
+        `activate`, the current one: *one step*."""
         ...
 
     def abandon(self) -> None:

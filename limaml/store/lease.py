@@ -7,6 +7,7 @@ is lost when *any* descriptor of the file is closed in it, so a process keeps on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -79,8 +80,9 @@ class Lease:
     def note(self, text: str) -> None:
         """Leave a word for whoever does not get the lease."""
         held = _held[self._key]
-        os.ftruncate(held.descriptor, 0)
-        os.pwrite(held.descriptor, text.encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk may take the word, not the lease
+            os.ftruncate(held.descriptor, 0)
+            os.pwrite(held.descriptor, text.encode(), 0)
 
     def read_note(self) -> str:
         """The holder's word, as far as it can be read; waits a moment for one that is just being written."""

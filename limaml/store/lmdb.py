@@ -59,7 +59,7 @@ from limaml.store.lmdb_values import (
     write_cold,
 )
 from limaml.store.model_folders import ModelFolders
-from limaml.store.packing import COLD, checks, checksum, newer, revisions, unpack_one
+from limaml.store.packing import COLD, LONGEST_PLAIN_ID, checks, checksum, newer, revisions, unpack_one
 from limaml.store.run_folder import RunFolder
 from limaml.store.runs import Run, merge
 from limaml.store.version import catalog_key, layouts_of, state_of
@@ -535,18 +535,33 @@ def _look(txn: Any, view: _View, ids: Sequence[str], fill: bool) -> Lookup:
         return one
     hashes = hashes_of(raws)
     cold = txn.get(layout.prefix + COLD) if fill else None
-    if runs and not _upserted(txn, layout):
+    if not runs:
+        table, found = held(layout, raws, hashes, _upserts_of(txn, layout, raws), runs)
+        table = table[found]
+    else:
         rows = runs[0].find(raws, hashes)
         found = rows >= 0
-        table = runs[0].rows[rows if found.all() else rows[found]]
-    else:
-        upserted = [txn.get(name_of(layout.prefix, raw)) for raw in raws]
-        table, found = held(layout, raws, hashes, upserted, runs)
-        table = table[found]
+        upserted = _upserts_of(txn, layout, raws) if _upserted(txn, layout) else []
+        if upserted.count(None) < len(upserted):
+            newer_rows = [row for row, value in enumerate(upserted) if value is not None]
+            some = [raws[row] for row in newer_rows], hashes[newer_rows], [upserted[row] for row in newer_rows]
+            found[newer_rows] = True
+            table = runs[0].rows[rows] if len(runs[0]) else np.zeros((n, layout.size), np.uint8)
+            table[newer_rows] = held(layout, *some, ())[0]
+            table = table if found.all() else table[found]
+        else:
+            table = runs[0].rows[rows if found.all() else rows[found]]
     check_table(
         layout, table, hashes if len(table) == n else hashes[found], lambda row: ids[int(np.flatnonzero(found)[row])]
     )
     return decoded(layout, table, found, cold, fill)
+
+
+def _upserts_of(txn: Any, layout: Layout, raws: list[bytes]) -> list[bytes | None]:
+    plain = layout.prefix + b"\x00"
+    if max(map(len, raws), default=0) <= LONGEST_PLAIN_ID:
+        return [txn.get(plain + raw) for raw in raws]
+    return [txn.get(name_of(layout.prefix, raw)) for raw in raws]
 
 
 def _upserted(txn: Any, layout: Layout) -> bool:

@@ -38,6 +38,7 @@ __all__ = [
     "MAX_COUNT",
     "checks",
     "checksum",
+    "finite",
     "hashed",
     "identities",
     "identity",
@@ -98,42 +99,27 @@ def identities(ids: Sequence[str], prefix: bytes = b"") -> list[bytes]:
 
 
 def pack(
-    vectors: NDArray[np.floating[Any]],
-    count: NDArray[np.int64],
-    event_time: NDArray[np.int64],
-    dtype: str,
-    ids: Sequence[str],
-    where: str = "",
-    order: NDArray[np.int64] | None = None,
+    single: NDArray[np.float32], count: NDArray[np.int64], event_time: NDArray[np.int64], dtype: str
 ) -> NDArray[np.uint8]:
-    """Pack vectors `[n, dim]` with their revisions `[n]` into bytes `[n, value_size(dim, dtype)]`, not yet sealed; where
-    rows are given as `order`, these.
+    """Pack `finite` vectors `[n, dim]` with their revisions `[n]` into bytes `[n, value_size(dim, dtype)]`, not yet sealed.
 
     float32 is exact, float16 is off by at most 2⁻¹¹ of the number (and 2⁻²⁵ near zero), int8 by at most half its scale,
-    which is the vector's largest absolute number / 127. Raises `StoreError` naming the id whose vector has a number that
-    is not finite or does not fit; `ids` and `where` serve the message only.
+    which is the vector's largest absolute number / 127.
     """
-    n, dim = vectors.shape
-    single = _finite(np.asarray(vectors), dtype, ids, where)
-    rows = np.arange(n) if order is None else order
-    n = len(rows)
+    n, dim = single.shape
     packed = np.empty((n, value_size(dim, dtype)), np.uint8)
     header = packed[:, : HEADER.itemsize].view(HEADER)[:, 0]
     header["format"], header["dtype"], header["dim"] = FORMAT, DTYPES.index(dtype), dim
-    header["count"], header["event_time"], header["scale"] = count[rows], event_time[rows], 1.0
+    header["count"], header["event_time"], header["scale"] = count, event_time, 1.0
     stored: NDArray[Any]
     if dtype == "int8":
-        scale = _scales(single)
-        header["scale"] = scale[rows]
+        header["scale"] = scale = _scales(single)
         divisor = np.where(scale > 0, scale, 1)[:, None].astype(np.float64)
         stored = np.clip(np.rint(single / divisor), -127, 127).astype("i1")
     else:
         stored = single.astype(_STORED[dtype], copy=False)
     end = HEADER.itemsize + stored.itemsize * dim
-    step = max(1, 2**19 // packed.shape[1])  # of what stays in a core's cache
-    for start in range(0, n, step):
-        part = stored[rows[start : start + step]]
-        packed[start : start + step, HEADER.itemsize : end] = part.view(np.uint8)
+    packed[:, HEADER.itemsize : end] = np.ascontiguousarray(stored).view(np.uint8)
     packed[:, end:] = 0
     return packed
 
@@ -203,10 +189,15 @@ def newer(
     return above
 
 
-def _finite(vectors: NDArray[Any], dtype: str, ids: Sequence[str], where: str) -> NDArray[np.float32]:
+def finite(vectors: NDArray[Any], dtype: str, ids: Sequence[str], where: str = "") -> NDArray[np.float32]:
+    """Vectors `[n, dim]` in single precision. Raises `StoreError` naming the id whose vector has a number that is not finite
+    or does not fit into `dtype`; `ids` and `where` serve the message only."""
     with np.errstate(over="ignore", invalid="ignore"):
         single = vectors.astype(np.float32, copy=False)
         kept = single.astype(np.float16) if dtype == "float16" else single
+    step = max(1, 2**17 // max(1, kept.shape[1]))  # in a core's cache
+    if all(np.isfinite(kept[start : start + step]).all() for start in range(0, len(kept), step)):
+        return single
     fine = np.isfinite(kept).all(axis=1)
     if not fine.all():
         row = int(np.argmin(fine))

@@ -22,6 +22,8 @@ __all__ = ["DEFAULT_BUFFER", "BufferedPublication", "Target"]
 DEFAULT_BUFFER = 64 * 2**20
 """Bytes that are gathered before they are written; pieces this large are written in the order of keys."""
 
+_AT_ONCE = 64 * 2**20
+
 
 class Target(Protocol):
     """What a backend does for one version that is being written. `valid` is False once somebody else may write it."""
@@ -88,11 +90,13 @@ class BufferedPublication:
         event_time: NDArray[np.int64],
     ) -> None:
         self._check()
-        batch = prepare(self._layout(task_type), ids, vectors, count, event_time)
+        layout = self._layout(task_type)
+        at_once = len(ids) * layout.size >= _AT_ONCE  # so much is written now, and not copied before
+        batch = prepare(layout, ids, vectors, count, event_time, later=at_once)
         self._pending.setdefault(task_type, []).append(batch)
         self._put += len(ids)
         self._bytes += batch.nbytes
-        if self._bytes >= self._limit:
+        if at_once or self._bytes >= self._limit:
             self._flush()
 
     def put_cold(self, task_type: str, vector: NDArray[np.floating[Any]]) -> None:
@@ -151,12 +155,13 @@ class BufferedPublication:
         self._pending, self._bytes = {}, 0
 
     def _compare(self, task_type: str, count: int, expected: int) -> None:
-        """What is missing must have been forgotten: left out when it was put, or removed since."""
+        """What is missing must have been forgotten: left out when it was put, or removed since. There may be more, as a
+        refresh gives the version tasks that are new while it is written."""
         left_out = self._left_out.get(task_type, set())
         since: set[str] = set()
-        if count != expected:
+        if count < expected:
             since = self._target.forgotten(task_type) - self._forgotten_before.get(task_type, set())
-        if not len(left_out) <= expected - count <= len(left_out | since):
+        if expected - count > len(left_out | since):
             raise StoreError(
                 f"Version {self.version} has {count} embeddings of task type '{task_type}', but {expected} were expected"
                 f"{f' ({len(left_out)} of them are forgotten)' if left_out else ''}. It is not served: put the missing ones "

@@ -18,6 +18,7 @@ from limaml.store.packing import (
     DTYPES,
     checks,
     checksum,
+    finite,
     identities,
     identity,
     intact,
@@ -41,7 +42,7 @@ def vectors(elements: st.SearchStrategy[float]) -> st.SearchStrategy[np.ndarray]
 def packed_and_back(given: np.ndarray, dtype: str) -> np.ndarray:
     n, dim = given.shape
     numbers = np.arange(n, dtype=np.int64)
-    packed = pack(given, numbers, -numbers, dtype, [str(row) for row in range(n)])
+    packed = pack(finite(given, dtype, [str(row) for row in range(n)]), numbers, -numbers, dtype)
     assert packed.shape == (n, value_size(dim, dtype))
     found, count, event_time = unpack(packed, dim, dtype)
     assert np.array_equal(count, numbers)
@@ -85,12 +86,12 @@ def test_what_is_not_a_finite_number_is_refused_with_the_id(dtype: str, bad: flo
     given = np.zeros((3, 2))
     given[1, 1] = bad
     with pytest.raises(StoreError, match=r"member 'bob' \(row 1\) has .* at position 1"):
-        pack(given, np.zeros(3, np.int64), np.zeros(3, np.int64), dtype, ["al", "bob", "cy"], "member ")
+        finite(given, dtype, ["al", "bob", "cy"], "member ")
 
 
 def test_float16_refuses_what_would_become_infinite() -> None:
     with pytest.raises(StoreError, match=r"'a' .* does not fit into float16"):
-        pack(np.array([[70000.0]]), np.zeros(1, np.int64), np.zeros(1, np.int64), "float16", ["a"])
+        finite(np.array([[70000.0]]), "float16", ["a"])
 
 
 def seeds_of(ids: list[str], where: bytes = b"") -> np.ndarray:
@@ -98,7 +99,7 @@ def seeds_of(ids: list[str], where: bytes = b"") -> np.ndarray:
 
 
 def test_the_bytes_are_as_documented() -> None:
-    packed = pack(np.array([[1.5, -2.0, 0.25]]), np.array([7]), np.array([-9]), "float16", ["x"])
+    packed = pack(np.array([[1.5, -2.0, 0.25]]), np.array([7]), np.array([-9]), "float16")
     (value,) = [row.tobytes() for row in seal(packed, seeds_of(["x"], b"here"))]
     body = struct.pack("<BBHIqf3eH", 2, 1, 3, 7, -9, 1.0, 1.5, -2.0, 0.25, 0)
     assert value == body + struct.pack("<I", check_of(value, b"x", b"here"))
@@ -110,7 +111,7 @@ def test_any_flipped_bits_and_any_other_key_are_seen(given: np.ndarray, dtype: s
     n = len(given)
     ids = [f"t{row}" for row in range(n)]
     seeds = seeds_of(ids)
-    table = seal(pack(given, np.ones(n, np.int64), np.ones(n, np.int64), dtype, ids), seeds)
+    table = seal(pack(given, np.ones(n, np.int64), np.ones(n, np.int64), dtype), seeds)
     assert intact(table, seeds).all()
     row = data.draw(st.integers(0, n - 1))
     places = data.draw(st.lists(st.integers(0, 8 * table.shape[1] - 1), min_size=1, max_size=3, unique=True))
@@ -130,7 +131,7 @@ def test_two_numbers_that_both_change_their_sign_are_seen() -> None:
     seeds = seeds_of(["a"])
     for one in range(dim):
         for other in range(one):
-            table = seal(pack(given, np.ones(1, np.int64), np.ones(1, np.int64), "float32", ["a"]), seeds)
+            table = seal(pack(given, np.ones(1, np.int64), np.ones(1, np.int64), "float32"), seeds)
             for place in (one, other):
                 table[0, 20 + 4 * place + 3] ^= 0x80
             assert not intact(table, seeds).any()
@@ -147,7 +148,7 @@ def test_hashes_are_the_same_one_by_one_together_and_in_plain_python(ids: list[s
 
 
 def test_a_header_of_another_shape_is_refused() -> None:
-    packed = pack(np.zeros((1, 4)), np.zeros(1, np.int64), np.zeros(1, np.int64), "float32", ["a"])
+    packed = pack(np.zeros((1, 4)), np.zeros(1, np.int64), np.zeros(1, np.int64), "float32")
     with pytest.raises(StoreError, match="not that of 8 numbers in float16"):
         unpack(packed, 8, "float16")
 
