@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import polars as pl
+
 from limaml.durable import sync
 from limaml.errors import StoreError
 
-__all__ = ["file_sha256", "locked", "write_atomically"]
+__all__ = ["file_sha256", "locked", "write_atomically", "written"]
 
 
 def file_sha256(path: Path) -> str:
@@ -25,13 +27,26 @@ def file_sha256(path: Path) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path`: whoever opens it, at any moment and after any crash, finds the old content or the new."""
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with written(path):
+        try:
+            new.write_bytes(content)
+            sync(new)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Say of a file that could not be written, as on a disk that is full, which one it is: a `StoreError`."""
     try:
-        new.write_bytes(content)
-        sync(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    sync(path.parent)
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StoreError(
+            f"{path} could not be written ({error}). What was there before is there still. See that the disk has room and "
+            "the folder may be written to, then do it again."
+        ) from error
 
 
 @contextmanager

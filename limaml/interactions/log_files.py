@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from limaml.durable import sync
 from limaml.errors import DataError
-from limaml.interactions.atomic_files import file_sha256
+from limaml.interactions.atomic_files import file_sha256, written
 from limaml.interactions.columns import factorise
 from limaml.interactions.keys import join_key
 from limaml.interactions.log_manifest import File, Manifest
@@ -59,9 +59,12 @@ class LogFiles:
             frame = frame.drop(APPEND)
         name = "tail" if bucket is None else f"bucket-{bucket:04d}"
         path = self.folder / "data" / name / f"{first:08d}-{secrets.token_hex(4)}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        frame.write_parquet(path, compression="zstd" if bucket is not None else "lz4", statistics=bucket is not None)
-        sync(path)
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            frame.write_parquet(
+                path, compression="zstd" if bucket is not None else "lz4", statistics=bucket is not None
+            )
+            sync(path)
         relative = path.relative_to(self.folder).as_posix()
         return File(relative, bucket, frame.height, path.stat().st_size, file_sha256(path), first, last)
 

@@ -15,7 +15,8 @@ from .processes import KILL, Ended, Nursery
 from .raw import Contents
 from .world import World
 
-LATER = ("Another publisher of model",)  # a lease in Redis outlives its holder for a while
+# A lease in Redis outlives its holder for a while; a process that waits too long for its share of a busy machine loses its own.
+LATER = ("Another publisher of model", "its lease ended")
 
 
 class Campaign:

@@ -2,6 +2,7 @@
  * what others can see (writes to files and sockets, flushes, renames, removals), and at the chosen one
  *
  *     KILL   the process is gone, as by kill -9 (a long write may have been done by half)
+ *     STOP   the process stops, as by SIGSTOP, until somebody lets it go on
  *     FULL   the disk is full: a write is cut short, and from then on every write to a file fails with ENOSPC
  *
  * faults_clock moves the time of day that the process sees. Standard output and error are not counted.
@@ -19,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { COUNT = 0, KILL = 1, FULL = 2 };
+enum { COUNT = 0, KILL = 1, FULL = 2, STOP = 3 };
 
 static atomic_long seen, end = -1;
 static atomic_int what = COUNT, armed;
@@ -46,6 +47,7 @@ static int reached(int is_file_write) {
     long now = atomic_fetch_add(&seen, 1) + 1;
     if (what == COUNT || now < end) return 0;
     if (what == KILL && now == end) return 1;
+    if (what == STOP && now == end) raise(SIGSTOP);
     return what == FULL ? (now == end ? 1 : 2) : 0;
 }
 

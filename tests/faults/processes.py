@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COUNT, KILL, FULL = range(3)  # as in preload.c
+COUNT, KILL, FULL, STOP = range(4)  # as in preload.c
 _PATIENCE = 300.0  # seconds until a process counts as hung
 
 
@@ -61,6 +61,15 @@ class Running:
         assert self._code is not None
         seen = Path(f"{self.out}.seen")
         return Ended(self._code, self.said(), int(seen.read_text()) if seen.exists() else -1)
+
+    def wait_stopped(self) -> None:
+        """Until it has stopped at the call of STOP, or ended before it."""
+        until = time.monotonic() + _PATIENCE
+        while not self.ended():
+            if Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                return
+            assert time.monotonic() < until, f"{self.process} never stops: {self.said()}"
+            time.sleep(0.005)
 
     def wait_until(self, text: str) -> None:
         """Until it has said so."""

@@ -21,7 +21,7 @@ from limaml.tasks import TaskRows
 
 from .processes import Nursery
 
-SMALL = ["model.embedding_dim=4", "model.hidden=[8]", "model.dim=4", "model.factors=4", "train.epochs=2"]
+SMALL = ["model.embedding_dim=4", "model.hidden=[8]", "model.dim=4", "model.factors=4", "train.epochs=1"]
 MODEL = "model"
 TASK = "user_id"
 LATE = 3  # members who are not in the past
