@@ -1,4 +1,7 @@
-"""New interactions reach the store: the touched tasks are adapted again, all others keep what they have."""
+"""New interactions reach the store: the touched tasks are adapted again, all others keep what they have.
+
+For tables in memory. `Refresher` does it for a log, without reading the past of the touched tasks.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,10 @@ from dataclasses import dataclass, field
 import polars as pl
 import torch
 
-from limaml.embeddings.factors import factor_type, pack_factors
-from limaml.embeddings.features import feature_width, features_type, pack_features
-from limaml.embeddings.generate import generate
-from limaml.embeddings.publish import revisions
+from limaml.embeddings.upsert import upsert_adapted
 from limaml.errors import DataError, StoreError
 from limaml.meta.saved import TrainedModel
 from limaml.store.contract import Store
-from limaml.tasks import TaskRows
 
 __all__ = ["Refreshed", "refresh"]
 
@@ -57,32 +56,21 @@ def refresh(
             f"The time column '{trained.encoder.schema.time}' only gives an order within one table, so new rows cannot be "
             "placed behind old ones. Use numbers or dates as the time, or publish all tasks anew (limaml embed)."
         )
-    specs = trained.encoder.specs
     watermark = int(data.time[-1]) if len(data) else None
     applied, stale = {}, {}
     for task in trained.model.tasks:
-        entry = {key: i for i, key in enumerate(data.ids[task])}
-        missing = [key for key in touched.get(task, ()) if key not in entry]
+        keys = list(dict.fromkeys(touched.get(task, ())))
+        place = {key: i for i, key in enumerate(data.ids[task])}
+        missing = [key for key in keys if key not in place]
         if missing:
             raise DataError(f"The history has no row of the touched task {task}:{missing[0]} ({len(missing)} in all).")
-        tasks = torch.tensor(sorted(entry[key] for key in touched.get(task, ())), dtype=torch.int64)
-        if not len(tasks):
+        if not keys:
             continue
-        rows = TaskRows.of(data.index[task], data.count(task))
-        uncertainty = factor_type(task) in served.dims  # as the version was published
-        generated = generate(trained.model, data, task, rows, tasks, uncertainty=uncertainty)
-        ids = [data.ids[task][i] for i in tasks.tolist()]
-        count, newest = revisions(generated)
-        if generated.factors is not None:
-            packed = pack_factors(generated.factors)
-            store.upsert(name, served.id, factor_type(task), ids, packed, count, newest)
-        # The features first: whoever sees the new embedding then sees the new features as well.
-        if feature_width(specs, task):
-            features = {key: values[tasks] for key, values in data.sides[task].items()}
-            packed = pack_features(features, specs, task)
-            store.upsert(name, served.id, features_type(task), ids, packed, count, newest)
-        done = store.upsert(
-            name, served.id, task, ids, generated.vectors.float().numpy(), count, newest, watermark=watermark
-        )
+        least = torch.full((data.count(task),), torch.iinfo(torch.int64).min)
+        last = least.scatter_reduce(0, data.index[task], data.time, "amax")
+        entries = [place[key] for key in keys]
+        count = torch.bincount(data.index[task], minlength=data.count(task))[entries]
+        revision = count.numpy(), last[entries].numpy()
+        done = upsert_adapted(store, served, trained, data, task, keys, revision=revision, watermark=watermark)
         applied[task], stale[task] = done.applied, done.stale
     return Refreshed(served.id, applied, stale, watermark)

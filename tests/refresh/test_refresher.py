@@ -199,6 +199,23 @@ def test_every_live_version_is_refreshed_by_its_own_model(
     assert one.store.describe("m", old).watermark < ROWS["timestamp"].max()  # type: ignore[operator]
 
 
+def test_a_member_who_appears_while_a_version_is_written(one: Run) -> None:
+    """A refresh gives the new version a task that its publisher never saw: it commits all the same, with that task."""
+    one.publish()
+    new = ROWS[-5:].with_columns(user_id=pl.lit(1000, pl.Int64))
+    commits = []
+
+    def between(task: str, done: int, of: int) -> None:
+        if not commits:
+            one.log.append(new)
+            with one.refresher() as refresher:
+                commits.extend(report.version for report in refresher.run().versions)
+
+    version = one.publish(progress=between)
+    assert commits[-1] == version and len(commits) == 2
+    one.assert_fresh(version)
+
+
 def test_a_version_that_is_served_again_is_caught_up(one: Run) -> None:
     old = one.publish()
     one.publish()

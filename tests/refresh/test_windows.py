@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limaml.embeddings.window_database import WindowDatabase
 from limaml.embeddings.windows import Layout, Windows
 from limaml.errors import ConfigError
 from limaml.interactions import Schema, clean
@@ -112,7 +113,7 @@ def test_windows_are_what_the_log_gives(
         assert windows.catch_up().rows == 0
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(parts=st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=6), both=st.booleans())
 def test_what_changed_since_an_append_is_known(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[tuple[int, ...]]], both: bool
@@ -197,14 +198,14 @@ def test_two_who_catch_up_at_once_take_each_row_in_once(tmp_path: Path, monkeypa
     with Windows(tmp_path / "windows", log, layout) as one, Windows(tmp_path / "windows", log, layout) as other:
         one.catch_up()
         log.append(table([(n % 3, n % 2, 5 + n % 3, 0, n % 4) for n in range(9)]))
-        step, raced = Windows._step, []
+        put, raced = WindowDatabase.put, []
 
-        def after_the_other(self: Windows, *arguments: object) -> bool:
-            if self is one and not raced:
+        def after_the_other(self: WindowDatabase, *arguments: object) -> bool:
+            if self is one._database and not raced:
                 raced.append(other.catch_up().rows)
-            return step(self, *arguments)  # type: ignore[arg-type]
+            return put(self, *arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Windows, "_step", after_the_other)
+        monkeypatch.setattr(WindowDatabase, "put", after_the_other)
         assert one.catch_up().rows == 0  # the other one was faster
         assert raced == [9]
         assert_equal(one, log, schema, 2)
