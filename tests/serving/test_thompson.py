@@ -173,6 +173,18 @@ def test_a_refresh_between_mean_and_factor_is_noticed(tmp_path: Path) -> None:
     assert torch.equal(found.mean, after["user_id"].z)
 
 
+def test_a_forgotten_task_leaves_no_posterior(tmp_path: Path) -> None:
+    trained = publish_small(tmp_path, uncertainty=True)
+    keys = small().training.data.ids["user_id"][:2]
+    with limaml.open_store(tmp_path / "store") as store:
+        store.forget("user_id", keys[:1])
+        with store.read("model") as reader:
+            assert reader.get(factor_type("user_id"), keys).found.tolist() == [False, True]
+            _, entries = ask(Scorer(trained), reader, rows_of(keys))
+            found = posteriors_of(reader, entries)["user_id"]
+    assert torch.equal(found.factor[:1], trained.model.newton("user_id").prior_factor(found.mean[:1]))
+
+
 def test_what_cannot_be_sampled_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"adapt\.solver=newton"):
         publish_small(tmp_path / "gradient", solver="gradient", uncertainty=True)
