@@ -1,6 +1,6 @@
 """What `limaml stream` takes in: `python -m benchmarks.stream`. Real brokers on loopback, an LMDB store, supports of 32.
 
-The worker is a process on a core of its own (the last one); the broker and whoever publishes are on another. First it drains events
+The worker is a process on one core (`--core`), where the system allows before everybody else but the broker and whoever publishes. First it drains events
 that are waiting, each of another member within a batch: touched tasks a second. Then events come at half that rate: the
 time from the broker's stamp on an event to the moment at which a version has it.
 """
@@ -58,11 +58,11 @@ class Record:
         print(level, sentence, file=sys.stderr)
 
 
-def work(run: Path, address: str, count: int, max_batch: int, out: Path) -> None:
+def work(run: Path, address: str, count: int, max_batch: int, out: Path, core: int) -> None:
     """The worker's process: what the command line makes, with `Record` to listen."""
     torch.set_num_threads(1)
     with contextlib.suppress(OSError, PermissionError):
-        os.sched_setaffinity(0, {(os.cpu_count() or 1) - 1})
+        os.sched_setaffinity(0, {core})
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
     place, stop = Workspace(run), threading.Event()
     record = Record(count, stop)
@@ -84,7 +84,9 @@ def work(run: Path, address: str, count: int, max_batch: int, out: Path) -> None
 
 
 @contextlib.contextmanager
-def working(run: Path, address: str, count: int, max_batch: int, out: Path) -> Iterator[subprocess.Popen[str]]:
+def working(
+    run: Path, address: str, count: int, given: argparse.Namespace, out: Path
+) -> Iterator[subprocess.Popen[str]]:
     command = [
         sys.executable,
         "-m",
@@ -116,7 +118,7 @@ def payloads(members: int, batches: int, batch: int, start: int, rng: np.random.
 
 def saturated(run: Path, server: Any, waiting: Sequence[bytes], given: argparse.Namespace, out: Path) -> dict[str, Any]:
     server.publish(waiting)
-    with working(run, server.address, len(waiting), given.batch, out):
+    with working(run, server.address, len(waiting), given, out):
         pass
     batches = json.loads(out.read_text())["batches"]
     first, counted = batches[2], batches[3:]
@@ -136,7 +138,7 @@ def saturated(run: Path, server: Any, waiting: Sequence[bytes], given: argparse.
 def half_loaded(
     run: Path, server: Any, coming: Sequence[bytes], rate: float, given: argparse.Namespace, out: Path
 ) -> dict[str, Any]:
-    with working(run, server.address, len(coming), given.batch, out):
+    with working(run, server.address, len(coming), given, out):
         server.publish(coming[:1])
         begun, sent = time.monotonic(), 1
         while sent < len(coming):
@@ -162,8 +164,8 @@ def half_loaded(
 
 def main() -> None:
     if sys.argv[1:2] == ["--work"]:
-        run, address, count, max_batch, out = sys.argv[2:]
-        work(Path(run), address, int(count), int(max_batch), Path(out))
+        run, address, count, max_batch, out, core = sys.argv[2:]
+        work(Path(run), address, int(count), int(max_batch), Path(out), int(core))
         return
     from stream.brokers import broker
 
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1000, help="events at a time")
     parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=20.0, help="of the half-loaded part")
+    parser.add_argument("--core", type=int, default=(os.cpu_count() or 1) - 1, help="that the worker runs on")
     parser.add_argument("--solver", choices=("newton", "gradient"), default="newton")
     parser.add_argument("--brokers", nargs="+", default=["redis", "kafka", "nats"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stream.json"))
@@ -186,8 +189,7 @@ def main() -> None:
         with place.store() as store, place.refresher(store) as refresher:
             refresher.run()
         with contextlib.suppress(OSError, PermissionError):
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, cores[:-1] or cores)
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(6))
         start = 10**6
         for kind in given.brokers:
             with broker(kind) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import signal
@@ -19,8 +20,13 @@ from store.servers import valkey
 
 import limaml
 from limaml.cli import main
+from limaml.cli.stream import decoder_for, fresh_of
 from limaml.cli.workspace import MODEL_NAME, Workspace
+from limaml.errors import ConfigError
 from limaml.stream.dead_letters import DeadLetters
+from limaml.stream.observer import JsonLines
+from limaml.stream.url import open_source
+from limaml.stream.worker import Pace, Worker
 
 from .brokers import Broker, broker
 from .world import World, kept, regenerated, same
@@ -217,6 +223,33 @@ def test_an_append_of_somebody_else_is_servable_while_no_event_comes(world: Worl
         while {k: c for k, (_, c) in kept(world.run).items()} != {k: c for k, (_, c) in expected.items()}:
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+def test_small_files_of_the_log_are_folded_now_and_then(world: World) -> None:
+    place = Workspace(world.run)
+    log = place.log(place.schema)
+    with broker("file") as server, place.store() as store, place.refresher(store) as refresher:
+        server.publish(world.payloads(0, 60))
+        worker = Worker(
+            [open_source(server.address, "g")],
+            decoder_for(place, refresher, max_ahead=300.0, epoch="s"),
+            log,
+            DeadLetters(world.run),
+            lambda: fresh_of(refresher.run()),
+            JsonLines(io.StringIO()),
+            pace=Pace(max_batch=6, max_wait=0.0, compact_tails=4),
+        )
+        totals = worker.run(once=True)
+    assert (totals.batches, totals.taken, totals.applied) == (10, 60, totals.tasks)
+    assert log.tails < 4
+    holds(world, 60)
+
+
+def test_two_sources_of_one_name_are_refused(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.touch()
+    with pytest.raises(ConfigError, match="each needs one of its own"):
+        main(["stream", str(world.run), "--source", str(path), "--source", str(path), "--debug"])
 
 
 def test_events_of_a_forgotten_member_come_to_nothing(world: World) -> None:
