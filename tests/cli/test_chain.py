@@ -282,3 +282,65 @@ def test_a_compound_key_goes_through_the_whole_chain(tables: Tables, command: Co
     shown = command("recommend", run, "--task", f"{member}|web\\|wide")
     assert "adapted on" in shown.out, shown.err
     assert json.loads((run / "side" / "tables.json").read_text()) == {}
+
+
+def test_a_version_that_is_served_again_is_caught_up(run: Path, tables: Tables, command: Command) -> None:
+    assert command("embed", run).code == 0
+    new = pl.read_csv(tables.new)
+    touched = new["user_id"].n_unique()
+    assert command("refresh", run, tables.new).code == 0
+    assert vectors(run)[1].count.sum() == len(new) + len(pl.read_parquet(tables.past))
+    rolled = command("store", "rollback", run)
+    assert f"{touched} tasks have changed since" in rolled.out and f"limaml refresh {run}" in rolled.out
+    before = vectors(run)[1].count.sum()
+    assert before == len(pl.read_parquet(tables.past))
+    with limaml.open_store(run / "store") as store:
+        served, newer = store.current(MODEL_NAME), store.versions(MODEL_NAME)[-1].id
+    caught = command("refresh", run, "--version", served)
+    assert f"{touched} of {touched} touched tasks" in caught.out
+    ids, old = vectors(run)
+    assert vectors(run, newer)[0] == ids
+    np.testing.assert_array_equal(old.vectors, vectors(run, newer)[1].vectors)
+    assert "Every live version has all interactions already" in command("refresh", run).out
+    since = pl.read_parquet(tables.past)["timestamp"].max()
+    late = new.filter(pl.col("timestamp") > since)["user_id"].n_unique()
+    again = command("refresh", run, "--since", since)
+    assert f"0 of {late} touched tasks 'user_id' have a new embedding; {late} had nothing newer" in again.out
+    refused = command("refresh", run, "--since", "2026-01-01")
+    assert refused.code == 2 and "so write a whole number" in refused.err
+
+
+def test_the_windows_can_be_looked_at_and_made_anew(run: Path, tables: Tables, command: Command) -> None:
+    assert command("refresh", run, tables.new).code == 0
+    ids, refreshed = vectors(run)
+    shown = command("windows", "show", run)
+    assert "come to append 2 of 2" in shown.out and "60 tasks 'user_id'" in shown.out
+    count = int(refreshed.count[ids.index("12")])
+    one = command("windows", "show", run, "--task", "user_id:12", "--rows", 3)
+    assert f"user_id:12 has {count} interactions" in one.out and "timestamp" in one.out
+    assert "There is no interaction of user_id:nobody" in command("windows", "show", run, "--task", "nobody").out
+    shutil.rmtree(run / "windows")
+    made = command("windows", "rebuild", run)
+    assert made.code == 0 and "made windows of 60 'user_id'" in made.out, made.err
+    assert command("windows", "show", run, "--task", "12", "--rows", 3).out == one.out
+    rows = limaml.InteractionLog(run / "log").rows
+    assert "rows were written again" in command("data", "compact", run).out
+    assert limaml.InteractionLog(run / "log").verify() == rows
+
+
+def test_a_refresh_that_is_killed_is_completed_by_the_next(run: Path, tables: Tables, command: Command) -> None:
+    """Killed between the log and the store, as at an upsert that never returns."""
+    kill = "import os, limaml.embeddings.refresher as r; r.upsert_adapted = lambda *a, **k: os._exit(9)"
+    script = f"{kill}; from limaml.cli import main; main({['refresh', str(run), str(tables.new)]!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert (
+        subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False).returncode
+        == 9
+    )
+    new = pl.read_csv(tables.new)
+    again = command("refresh", run, tables.new)
+    assert "nothing was appended" in again.out
+    assert f"{new['user_id'].n_unique()} of {new['user_id'].n_unique()} touched tasks" in again.out
+    _, refreshed = vectors(run)
+    assert command("embed", run).code == 0
+    np.testing.assert_array_equal(vectors(run)[1].count, refreshed.count)
