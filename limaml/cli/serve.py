@@ -47,7 +47,7 @@ def serve_command(
     poll: Annotated[float, Parameter(help="Seconds between looks at the store's pointer.")] = 1.0,
     store_timeout: Annotated[
         float, Parameter(help="Seconds for the store to answer, where its URL does not say timeout=.")
-    ] = 0.25,
+    ] = 0.5,
     on_store_error: Annotated[
         Literal["cold", "fail"], Parameter(help="Without the store: cold embeddings, or a 503.")
     ] = "cold",
@@ -119,7 +119,7 @@ def serve_command(
         )
 
         def announce(http: str, grpc: str | None) -> None:
-            console.print(f"Serving '{model}' of {address} at {http}" + (f" and grpc://{grpc}" if grpc else "") + ".",
+            console.print(f"Serving '{model}' of {_shown(address)} at {http}" + (f" and grpc://{grpc}" if grpc else "") + ".",
                           markup=False, highlight=False)  # fmt: skip
 
         async def run() -> None:
@@ -147,6 +147,12 @@ def _address(folder: Path | None, store: str | None) -> str:
     if not path.is_dir():
         raise ConfigError(f"{folder} has no store yet: nothing was published from it. Type: limaml embed {folder}")
     return str(path)
+
+
+def _shown(address: str) -> str:
+    """Without user and password."""
+    scheme, separator, rest = address.partition("://")
+    return address if not separator else f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
 
 def _opened(address: str, timeout: float) -> Store:
