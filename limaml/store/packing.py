@@ -68,6 +68,8 @@ FORMAT = 2
 _CHECK = 4
 _ONE = struct.Struct("<BBHIqf")
 _STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+# above it, float16 rounds to infinity
+_LARGEST = {name: np.float32(65519.996 if name == "float16" else np.finfo(np.float32).max) for name in DTYPES}
 
 
 def value_size(dim: int, dtype: str) -> int:
@@ -113,9 +115,13 @@ def pack(
     header["count"], header["event_time"], header["scale"] = count, event_time, 1.0
     stored: NDArray[Any]
     if dtype == "int8":
-        header["scale"] = scale = _scales(single)
-        divisor = np.where(scale > 0, scale, 1)[:, None].astype(np.float64)
-        stored = np.clip(np.rint(single / divisor), -127, 127).astype("i1")
+        stored = np.empty((n, dim), "i1")
+        for start in range(0, n, step := max(1, 2**16 // dim)):  # in a core's cache
+            part = slice(start, start + step)
+            header["scale"][part] = scale = _scales(single[part])
+            steps = single[part] / np.where(scale > 0, scale, 1)[:, None].astype(np.float64)
+            np.rint(steps, out=steps)
+            stored[part] = np.clip(steps, -127, 127, out=steps)
     else:
         stored = single.astype(_STORED[dtype], copy=False)
     end = HEADER.itemsize + stored.itemsize * dim
@@ -193,11 +199,12 @@ def finite(vectors: NDArray[Any], dtype: str, ids: Sequence[str], where: str = "
     """Vectors `[n, dim]` in single precision. Raises `StoreError` naming the id whose vector has a number that is not finite
     or does not fit into `dtype`; `ids` and `where` serve the message only."""
     with np.errstate(over="ignore", invalid="ignore"):
-        single = vectors.astype(np.float32, copy=False)
+        single: NDArray[np.float32] = vectors.astype(np.float32, copy=False)
+        largest = _LARGEST[dtype]
+        step = max(1, 2**17 // max(1, single.shape[1]))  # in a core's cache
+        if all((np.abs(single[start : start + step]) <= largest).all() for start in range(0, len(single), step)):
+            return single
         kept = single.astype(np.float16) if dtype == "float16" else single
-    step = max(1, 2**17 // max(1, kept.shape[1]))  # in a core's cache
-    if all(np.isfinite(kept[start : start + step]).all() for start in range(0, len(kept), step)):
-        return single
     fine = np.isfinite(kept).all(axis=1)
     if not fine.all():
         row = int(np.argmin(fine))

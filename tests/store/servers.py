@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,26 +71,47 @@ def valkey(*options: str) -> Iterator[Valkey]:
 
 
 @contextmanager
-def cluster(nodes: int = 3) -> Iterator[list[Valkey]]:
+def cluster(nodes: int = 3, *, replicated: bool = False) -> Iterator[list[Valkey]]:
+    """Primaries, then, with `replicated`, a replica of each in the same order, which takes over a second after its primary died."""
     with ExitStack() as stack:
+        options = ("--cluster-node-timeout", "1000", "--cluster-replica-validity-factor", "0") if replicated else ()
         servers = [
-            stack.enter_context(valkey("--cluster-enabled", "yes", "--cluster-port", str(free_port())))
-            for _ in range(nodes)
+            stack.enter_context(valkey("--cluster-enabled", "yes", "--cluster-port", str(free_port()), *options))
+            for _ in range(2 * nodes if replicated else nodes)
         ]
         clients: list[Any] = [stack.enter_context(redis.Redis(port=server.port)) for server in servers]
         bounds = [16384 * place // nodes for place in range(nodes + 1)]
         for place, client in enumerate(clients):
-            client.execute_command("CLUSTER", "ADDSLOTSRANGE", bounds[place], bounds[place + 1] - 1)
+            if place < nodes:
+                client.execute_command("CLUSTER", "ADDSLOTSRANGE", bounds[place], bounds[place + 1] - 1)
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", place + 1)
         for server in servers[1:]:
             clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port, server.options[3])
-        until = time.monotonic() + 30
-        while not all(b"cluster_state:ok" in raw_info(server.port) for server in servers):
-            assert time.monotonic() < until, "the cluster does not form"
-            time.sleep(0.05)
-        for client in clients:
-            client.close()  # whoever looks at the servers' lists of clients finds others' alone
+        wait_until(lambda: all(b"cluster_state:ok" in raw_info(server.port) for server in servers[:nodes]))
+        for primary, replica in zip(clients[: nodes if replicated else 0], clients[nodes:], strict=True):
+            name = primary.execute_command("CLUSTER", "MYID")
+            wait_until(lambda name=name, replica=replica: _replicates(replica, name))
+        wait_until(lambda: all(b"cluster_state:ok" in raw_info(server.port) for server in servers))
+        if replicated:
+            wait_until(
+                lambda: all(client.info("replication")["master_link_status"] == "up" for client in clients[nodes:])
+            )
         yield servers
+
+
+def _replicates(replica: Any, primary: Any) -> bool:
+    try:
+        replica.execute_command("CLUSTER", "REPLICATE", primary)
+    except redis.ResponseError:  # it has not heard of it yet
+        return False
+    return True
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < until, "the servers do not get ready"
+        time.sleep(0.05)
 
 
 def raw_info(port: int) -> bytes:
