@@ -32,6 +32,7 @@ from limaml.interactions.atomic_files import file_sha256, locked
 from limaml.interactions.digest import ContentDigest
 from limaml.interactions.log_compact import folded, without
 from limaml.interactions.log_files import APPEND, LogFiles, bucket_of_key, task_bucket
+from limaml.interactions.log_ids import wanted_ids
 from limaml.interactions.log_manifest import Append, File, Manifest, read_manifest, same_append, write_manifest
 from limaml.interactions.log_sources import batches, plain, refuse
 from limaml.interactions.tombstones import Tombstone, named, read_tombstones, write_tombstones
@@ -256,7 +257,8 @@ class InteractionLog:
         def read(manifest: Manifest) -> pl.DataFrame:
             if task_ids is None:
                 return self._frame(manifest, through=through)
-            wanted = self._wanted(manifest, task_ids)
+            known = self._files.schema(manifest.files)
+            wanted = wanted_ids(task_ids, self.task_columns, known, self.folder)
             buckets = set(self._files.bucket_of(wanted).tolist())
             return self._frame(manifest, buckets=buckets, wanted=wanted, through=through)
 
@@ -295,7 +297,7 @@ class InteractionLog:
         while True:
             manifest = self._load()
             try:
-                for number, frame in self._appends(manifest, position, through):
+                for number, frame in self._files.appends(manifest.files, position, through):
                     yield number, frame
                     position = number
                 return
@@ -405,66 +407,7 @@ class InteractionLog:
             schema = self._files.schema(manifest.files)
             return pl.DataFrame(schema=schema) if schema is not None else pl.DataFrame()
         frame = self._files.gather(files, buckets=buckets, wanted=wanted)
-        return frame if end >= manifest.last else self._between(frame, 0, end)
-
-    def _appends(self, manifest: Manifest, position: int, through: int) -> Iterator[tuple[int, pl.DataFrame]]:
-        files = [file for file in manifest.files if position < file.last and file.first <= through]
-        together = [file for file in files if file.folded]
-        parts: dict[int, list[pl.DataFrame]] = {}
-        if together:
-            rows = self._between(self._files.gather(together), position, through)
-            for (number,), part in rows.partition_by(APPEND, as_dict=True, maintain_order=True).items():
-                parts[int(number)] = [part]
-        alone: dict[int, list[File]] = {}
-        for file in files:
-            if not file.folded:
-                alone.setdefault(file.first, []).append(file)
-        for number in sorted(parts.keys() | alone.keys()):
-            own = parts.pop(number, []) + ([self._files.gather(alone[number])] if number in alone else [])
-            frame = own[0] if len(own) == 1 else self._in_order(pl.concat(own))
-            if frame.height:
-                yield number, frame.drop(APPEND)
-
-    def _between(self, frame: pl.DataFrame, after: int, through: int) -> pl.DataFrame:
-        return frame.filter((pl.col(APPEND) > after) & (pl.col(APPEND) <= through))
-
-    def _in_order(self, rows: pl.DataFrame) -> pl.DataFrame:
-        bucket = "\x1fbucket"
-        rows = rows.with_columns(pl.Series(bucket, self._files.bucket_of(rows)))
-        return rows.sort(bucket, maintain_order=True).drop(bucket)
-
-    def _wanted(self, manifest: Manifest, task_ids: Sequence[object]) -> pl.DataFrame:
-        """The asked ids as a frame with the task columns, each of the type that the log has."""
-        columns = self.task_columns
-        rows = [tuple(i) if isinstance(i, tuple | list) else (i,) for i in task_ids]
-        for position, row in enumerate(rows):
-            if len(row) != len(columns):
-                raise DataError(
-                    f"Task id {position}, {task_ids[position]!r}, has {len(row)} values, but a task of this log is "
-                    f"named by {len(columns)}: {list(columns)}. Give one value per column."
-                )
-        known = self._files.schema(manifest.files)
-        series = []
-        for place, column in enumerate(columns):
-            values = [row[place] for row in rows]
-            if known is None or known[column] == pl.String:
-                series.append(pl.Series(column, [None if v is None else str(v) for v in values], pl.String))
-                continue
-            numbers = []
-            for position, value in enumerate(values):
-                try:
-                    if isinstance(value, float | bool):
-                        raise ValueError
-                    numbers.append(int(str(value)))
-                except ValueError:
-                    raise DataError(
-                        f"Task id {position}, {value!r}, is not an integer, but column '{column}' of the log in "
-                        f"{self.folder} is {known[column]}. Give integers."
-                    ) from None
-            # an id beyond the column's range becomes null: it cannot be in the log
-            wide = pl.Series(column, [n if n.bit_length() < 120 else None for n in numbers], pl.Int128)
-            series.append(wide.cast(known[column], strict=False))
-        return pl.DataFrame(series).drop_nulls().unique(maintain_order=True)
+        return frame if end >= manifest.last else frame.filter(pl.col(APPEND) <= end)
 
     def _steadily(self, read: Callable[[Manifest], _T]) -> _T:
         """`read(manifest)`, done again if the files it was about to read were folded or rewritten meanwhile."""

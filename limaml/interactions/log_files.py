@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,29 @@ class LogFiles:
         if buckets is not None:
             whole = whole.filter(pl.col(_BUCKET).is_in(sorted(buckets)))
         return whole.sort(_BUCKET, APPEND, maintain_order=True).drop(_BUCKET)
+
+    def appends(self, files: Sequence[File], position: int, through: int) -> Iterator[tuple[int, pl.DataFrame]]:
+        """Number and rows of each append after `position` up to `through`, oldest first, without `APPEND`."""
+        files = [file for file in files if position < file.last and file.first <= through]
+        together = [file for file in files if file.folded]
+        parts: dict[int, list[pl.DataFrame]] = {}
+        if together:
+            rows = self.gather(together).filter((pl.col(APPEND) > position) & (pl.col(APPEND) <= through))
+            for (number,), part in rows.partition_by(APPEND, as_dict=True, maintain_order=True).items():
+                parts[int(number)] = [part]
+        alone: dict[int, list[File]] = {}
+        for file in files:
+            if not file.folded:
+                alone.setdefault(file.first, []).append(file)
+        for number in sorted(parts.keys() | alone.keys()):
+            own = parts.pop(number, []) + ([self.gather(alone[number])] if number in alone else [])
+            frame = own[0]
+            if len(own) > 1:
+                whole = pl.concat(own)
+                frame = whole.with_columns(pl.Series(_BUCKET, self.bucket_of(whole))).sort(_BUCKET, maintain_order=True)
+                frame = frame.drop(_BUCKET)
+            if frame.height:
+                yield number, frame.drop(APPEND)
 
     def schema(self, files: Sequence[File]) -> pl.Schema | None:
         """The log's columns and types, or None before anything was appended."""
