@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -12,8 +14,11 @@ import numpy as np
 import polars as pl
 import pytest
 import tritonclient.grpc as triton
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from process import serving
 from published import publish_small, small
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 import limaml
@@ -97,6 +102,74 @@ def test_tritonclient_is_answered_as_the_predictor_would(folder: Path, runtime: 
         text = httpx.get(f"{server.url}/metrics").text
         assert 'limaml_requests_total{endpoint="grpc_infer",status="200"}' in text
         assert server.end() == 0, "".join(server.log)
+
+
+numbers = st.one_of(
+    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3).map(lambda values: ("INT64", "int64_contents", values)),
+    st.lists(st.floats(), max_size=3).map(lambda values: ("FP64", "fp64_contents", values)),
+    st.lists(st.floats(width=32), max_size=3).map(lambda values: ("FP32", "fp32_contents", values)),
+    st.lists(st.binary(max_size=4), max_size=3).map(lambda values: ("BYTES", "bytes_contents", values)),
+    st.lists(st.booleans(), max_size=3).map(lambda values: ("BOOL", "bool_contents", values)),
+)
+choices = st.one_of(
+    st.booleans().map(lambda value: {"bool_param": value}),
+    st.integers(-3, 2**63 - 1).map(lambda value: {"int64_param": value}),
+    st.floats().map(lambda value: {"double_param": value}),
+    st.text(max_size=3).map(lambda value: {"string_param": value}),
+)
+
+
+@st.composite
+def infer_requests(draw: st.DrawFn) -> service_pb2.ModelInferRequest:
+    """Requests that are nearly right: the model's columns, and now and then a wrong type, length, shape or value."""
+    request = service_pb2.ModelInferRequest(model_name="model", id=draw(st.text(max_size=2)))
+    good = {"user_id": ("INT64", "int64_contents", [1, 2]), "item_id": ("INT64", "int64_contents", [3, 4])}
+    good |= {"category": ("BYTES", "bytes_contents", [b"a", b"b"]), "quality": ("FP32", "fp32_contents", [0.5, 1.0])}
+    for name in [*good, *draw(st.lists(st.text(max_size=3), max_size=1))]:
+        if draw(st.integers(0, 9)) == 0:
+            continue
+        datatype, field, values = good[name] if name in good and draw(st.integers(0, 2)) else draw(numbers)
+        shape = [len(values)] if draw(st.integers(0, 4)) else draw(st.lists(st.integers(-1, 3), max_size=3))
+        contents = service_pb2.InferTensorContents(**{field: values})
+        request.inputs.add(name=name, datatype=datatype, shape=shape, contents=contents)
+    for name in draw(
+        st.lists(st.sampled_from(["sample", "seed", "scale", "logit_sd", "nan_is_missing", "?"]), max_size=2)
+    ):
+        request.parameters[name].CopyFrom(service_pb2.InferParameter(**draw(choices)))
+    for name in draw(st.lists(st.sampled_from(["score", "logit", "logit_sd", "known", "version", "?"]), max_size=2)):
+        request.outputs.add(name=name)
+    return request
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[tuple[service_pb2_grpc.GRPCInferenceServiceStub, str]]:
+    _, second = versions_of(folder)
+    options = ["--port", 0, "--grpc-port", 0, "--timeout", 30, "--log-requests", "none"]
+    with serving("--store", folder / "store", *options) as server, grpc.insecure_channel(server.grpc) as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel), second
+        assert server.end() == 0
+        assert "Traceback" not in "".join(server.log) and "exception" not in "".join(server.log)
+
+
+@settings(max_examples=int(os.environ.get("LIMAML_FUZZ", "250")), deadline=None)
+@given(request_=infer_requests(), pinned=st.booleans())
+def test_a_real_server_answers_or_refuses_what_is_nearly_right(
+    running: tuple[service_pb2_grpc.GRPCInferenceServiceStub, str],
+    request_: service_pb2.ModelInferRequest,
+    pinned: bool,
+) -> None:
+    stub, second = running
+    request_.model_version = second if pinned else ""
+    try:
+        answer = stub.ModelInfer(request_, timeout=30)
+    except grpc.RpcError as error:
+        refused = error
+    else:
+        event("answered")
+        assert answer.model_version and answer.outputs
+        return
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT, refused.details()
+    assert refused.details().endswith("."), refused.details()
 
 
 def test_records_split_and_shadow_of_a_running_server(folder: Path, tmp_path: Path) -> None:
