@@ -27,6 +27,7 @@ from limaml.embeddings.refresher import Refresher
 from limaml.embeddings.windows import Layout, Windows
 from limaml.errors import ConfigError, DataError, StoreError
 from limaml.interactions import InteractionLog, Prepared, Schema, clean, join_tables, read_table
+from limaml.interactions.atomic_files import written
 from limaml.interactions.digest import content_digest
 from limaml.interactions.log_manifest import read_manifest
 from limaml.interactions.schema import Task
@@ -226,5 +227,6 @@ def _latest_rows(frame: pl.DataFrame, schema: Schema, columns: list[str]) -> pl.
 
 def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
     part = path.with_name(path.name + ".part")
-    frame.write_parquet(part)
-    part.replace(path)
+    with written(path):
+        frame.write_parquet(part)
+        part.replace(path)
