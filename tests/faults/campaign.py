@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import signal
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import polars as pl
+import redis
 
 from .checker import check, check_log
-from .processes import KILL, Ended, Nursery
+from .processes import KILL, Ended, Nursery, Running
 from .raw import Contents
-from .world import World
+from .world import TASK, World
 
 # A lease in Redis outlives its holder for a while; a process that waits too long for its share of a busy machine loses its own.
 LATER = ("Another publisher of model", "its lease ended")
@@ -32,32 +37,50 @@ class Campaign:
         *,
         pieces: int,
         seed: int,
+        broker: str | None = None,
     ) -> None:
         self.world, self.run, self.nursery, self.address, self.read = world, run, nursery, address, read
         self.choose = random.Random(seed)
         self.pieces = world.pieces(run / "pieces", pieces)
-        self.done = 0  # pieces whose refresh came to its end
-        self.kills = dict.fromkeys(("embed", "refresh"), 0)
+        self.done = 0  # pieces that are in: every other one by a file, the others by events
+        self.kills = dict.fromkeys(("embed", "refresh", "stream", "serve"), 0)
+        self._broker, self._sent = broker, 0  # address of a Redis stream; events come from a file of lines without one
         self.compared = 0
         self._promised: str | None = None
         self._least = dict.fromkeys(world.members, 0)
         self._usual: dict[str, tuple[int, float]] = {}  # act → calls and seconds of the last one that ended
-        for name in self.kills:
+        for name in self.kills:  # in this order: each has what it needs
             self.whole(name)
 
     # ------------------------------------------------------------------------------------------------------- acts
 
+    @property
+    def ingesting(self) -> str:
+        """How the next piece comes in."""
+        return "refresh" if self.done % 2 == 0 else "stream"
+
     def command(self, name: str) -> list[object]:
+        at = ["--store", self.address]
         if name == "embed":
-            return ["embed", self.run, "--store", self.address, "--keep", 2]
-        return ["refresh", self.run, self.pieces[min(self.done, len(self.pieces) - 1)], "--store", self.address]
+            return ["embed", self.run, "--keep", 2, *at]
+        if name == "serve":
+            return ["serve", self.run, "--port", 0, "--poll", 0.05, *at]
+        if name == "stream":
+            source = self._broker or self.run / "events.jsonl"
+            return ["stream", self.run, "--source", source, "--once", "--max-batch", 4, "--log", "text", *at]
+        return ["refresh", self.run, self.pieces[min(self.done, len(self.pieces) - 1)], *at]
 
     def whole(self, name: str) -> Ended:
         """An act from its beginning to its end, waiting for leases of the dead."""
+        self._send(name)
         until = time.monotonic() + 60
         while True:
             began = time.monotonic()
-            ended = self.nursery.run(*self.command(name))
+            running = self.nursery.start(*self.command(name))
+            if name == "serve":
+                self._ask(running)
+                running.signal(signal.SIGTERM)
+            ended = running.wait()
             if not any(sentence in ended.said for sentence in LATER):
                 break
             assert time.monotonic() < until, ended
@@ -69,17 +92,51 @@ class Campaign:
 
     def killed(self, name: str) -> bool:
         """An act that is killed, if it lives that long."""
+        self._send(name)
         calls, seconds = self._usual[name]
-        if calls > 0 and self.choose.random() < 0.7:
+        if calls > 0 and name != "serve" and self.choose.random() < 0.7:
             ended = self.nursery.run(*self.command(name), at=self.choose.randint(1, calls), how=KILL)
         else:
             running = self.nursery.start(*self.command(name))
-            time.sleep(self.choose.uniform(0, seconds))
+            if name == "serve" and self.choose.random() < 0.5:
+                self._ask(running)
+            else:
+                time.sleep(self.choose.uniform(0, seconds))
             ended = running.kill()
         assert ended.killed or ended.code == 0 or any(sentence in ended.said for sentence in LATER), ended
         self._look(name, ended)
         self.kills[name] += ended.killed
         return ended.killed
+
+    def _send(self, name: str) -> None:
+        """The events of the piece that is next, once."""
+        if name != "stream" or self.ingesting != "stream" or self.done < self._sent or self.done >= len(self.pieces):
+            return
+        self._sent = self.done + 1
+        events = [json.dumps(row) for row in pl.read_parquet(self.pieces[self.done]).iter_rows(named=True)]
+        if self._broker is None:
+            with (self.run / "events.jsonl").open("a") as file:
+                file.writelines(f"{event}\n" for event in events)
+            return
+        parts = urlsplit(self._broker)
+        with redis.Redis(parts.hostname or "", parts.port or 0) as client:
+            for event in events:
+                client.xadd(parts.path.strip("/"), {"event": event})
+
+    def _ask(self, running: Running) -> None:
+        """A server answers out of the version that is served, for members it knows and for one that nobody knows."""
+        running.wait_until("http://")
+        port = re.findall(r"http://[\d.]+:(\d+)", running.said())[0]
+        item = pl.read_parquet(self.world.folder / "items.parquet").row(0, named=True)
+        rows = [{TASK: member, **item} for member in [*map(int, self.world.members[:5]), 10**9]]
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/score",
+            json.dumps({"rows": rows}).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            said = json.loads(answer.read())
+        assert said["version"] >= (self._promised or ""), said  # a publisher that was killed may have flipped first
 
     def play(self, kills: int) -> None:
         """Until so many were killed; about every second act is done again at once, the others wait for their turn."""
@@ -87,13 +144,15 @@ class Campaign:
         target = sum(self.kills.values()) + kills
         while sum(self.kills.values()) < target:
             name = min(names, key=self.kills.__getitem__) if self.choose.random() < 0.7 else self.choose.choice(names)
+            if name in ("refresh", "stream") and self.done < len(self.pieces):
+                name = self.ingesting
             if self.killed(name) and self.choose.random() < 0.5:
                 self.whole(name)
 
     def finish(self) -> None:
         """All that is left, then a full regeneration: the store must not be able to tell the difference."""
         while self.done < len(self.pieces):
-            self.whole("refresh")
+            self.whole(self.ingesting)
         for settled in (False, True):
             everything = self.world.all
             check(self.read(), self.world, least=everything, most=everything, promised=self._promised, settled=settled)
@@ -105,13 +164,15 @@ class Campaign:
     def _look(self, name: str, ended: Ended) -> None:
         sure = pl.concat([self.world.later.head(0), *map(pl.read_parquet, self.pieces[: self.done])])
         maybe = pl.read_parquet(self.pieces[self.done]) if self.done < len(self.pieces) else None
-        there = check_log(self.run / "log", self.world, sure, maybe)
+        parts = self.done < len(self.pieces) and self.ingesting == "stream"  # events come in batches, files whole
+        there = check_log(self.run / "log", self.world, sure, maybe, parts=parts)
         known = self.world.clicks(there)
         for version in re.findall(r"Version (v\d{6}-[0-9a-f]{8}) is served", ended.said):
             self._promised = max(self._promised or "", version)
         if ended.code == 0:
-            if name == "refresh" and self.done < len(self.pieces):
-                assert len(there) > len(sure), "a refresh that came to its end left no rows in the log"
+            if name == self.ingesting and self.done < len(self.pieces):
+                assert maybe is not None and len(there) == len(sure) + len(maybe), f"{name} left rows out of the log"
                 self.done += 1
-            self._least = known
+            if name != "serve":
+                self._least = known
         self.compared += check(self.read(), self.world, least=self._least, most=known, promised=self._promised)

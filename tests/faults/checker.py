@@ -141,8 +141,11 @@ def _same(found: Any, expected: Any) -> bool:
     return bool(found.shape == expected.shape and np.allclose(found, expected, rtol=0, atol=TOLERANCE))
 
 
-def check_log(folder: Path, world: World, sure: pl.DataFrame, maybe: pl.DataFrame | None = None) -> pl.DataFrame:
-    """The later clicks in a log, read by its manifest alone: the past, all of `sure`, and `maybe` whole or not at all."""
+def check_log(
+    folder: Path, world: World, sure: pl.DataFrame, maybe: pl.DataFrame | None = None, *, parts: bool = False
+) -> pl.DataFrame:
+    """The later clicks in a log, read by its manifest alone: the past and all of `sure`, each once; `maybe` whole or not at all,
+    or, with `parts`, any of it."""
     manifest = json.loads((folder / "manifest.json").read_text())
     columns = world.past.columns
     frames = [pl.read_parquet(folder / file["path"]).select(columns) for file in manifest["files"]]
@@ -151,7 +154,12 @@ def check_log(folder: Path, world: World, sure: pl.DataFrame, maybe: pl.DataFram
     if found == without:
         return sure
     assert maybe is not None, _difference(found, without)
-    assert found == without + Counter(maybe.select(columns).iter_rows()), _difference(found, without)
+    more = Counter(maybe.select(columns).iter_rows())
+    if parts:
+        assert not without - found and not found - without - more, _difference(found, without + more)
+        came = [row in found for row in maybe.select(columns).iter_rows()]
+        return pl.concat([sure, maybe.filter(pl.Series(came))])
+    assert found == without + more, _difference(found, without)
     return pl.concat([sure, maybe])
 
 

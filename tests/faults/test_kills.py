@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from store.servers import cluster, valkey
@@ -34,7 +35,9 @@ def test_nothing_is_lost_mixed_or_half_visible(
     kind: str, world: World, run: Path, born: Nursery, record_property: Callable[[str, object], None]
 ) -> None:
     with address_of(kind, run) as address:
-        campaign = Campaign(world, run, born, address, reading(address), pieces=24 if FULL else 4, seed=11)
+        broker = f"redis://{urlsplit(str(address)).netloc}/clicks" if kind == "valkey" else None
+        pieces = 24 if FULL else 4
+        campaign = Campaign(world, run, born, address, reading(address), pieces=pieces, seed=11, broker=broker)
         campaign.play(KILLS[kind])
         campaign.finish()
     record_property("kills", campaign.kills)
