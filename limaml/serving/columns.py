@@ -8,7 +8,6 @@ it has encoded once it remembers, so that a request costs a dictionary access pe
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,12 +30,22 @@ REMEMBERED = 200_000
 """Distinct values of a feature that are kept encoded; beyond that it is begun anew."""
 
 
+_KINDS: dict[type[pl.DataType], str] = {
+    pl.Int64: "Int64",
+    pl.UInt64: "UInt64",
+    pl.Float64: "Float64",
+    pl.String: "String",
+    pl.Boolean: "Boolean",
+}
+
+
 class Column:
     """Values `[n]`, or `[1]` for all rows alike. `kind` names their type: only values of one kind are compared."""
 
     def __init__(self, dtype: pl.DataType, values: list[Any] | None = None, array: NDArray[Any] | None = None) -> None:
         self.dtype, self._values, self.array = dtype, values, array
-        self.kind = str(dtype)
+        self._keys: Sequence[Hashable] | None = None
+        self.kind = _KINDS.get(type(dtype)) or str(dtype)
 
     @classmethod
     def of_array(cls, data: NDArray[Any]) -> Column:
@@ -67,21 +76,27 @@ class Column:
         return cls(dtype, series.to_list())
 
     def __len__(self) -> int:
-        return len(self._values) if self.array is None and self._values is not None else len(self._array)
+        return len(self.values if self.array is None else self.array)
 
     @property
     def _array(self) -> NDArray[Any]:
         assert self.array is not None
         return self.array
 
-    @cached_property
+    @property
     def values(self) -> list[Any]:
-        return self._array.tolist() if self._values is None else self._values
+        if self._values is None:
+            self._values = self._array.tolist()
+        return self._values
 
-    @cached_property
+    @property
     def keys(self) -> Sequence[Hashable]:
         """The values so that equal ones are equal: lists as tuples, NaN as None."""
-        values = self.values
+        if self._keys is None:
+            self._keys = self._as_keys(self.values)
+        return self._keys
+
+    def _as_keys(self, values: list[Any]) -> Sequence[Hashable]:
         if self.dtype.is_nested():
             return [None if value is None else tuple(value) for value in values]
         if self.dtype.is_float():
@@ -95,8 +110,9 @@ class Column:
         """For `rows` rows, where it is one value for all."""
         if len(self) == rows:
             return self
-        array = None if self.array is None else np.repeat(self.array, rows, axis=0)
-        return Column(self.dtype, None if self._values is None else self._values * rows, array)
+        if self.array is not None:
+            return Column(self.dtype, array=np.repeat(self.array, rows, axis=0))
+        return Column(self.dtype, self.values * rows)
 
     def first(self, rows: Sequence[int]) -> Column:
         """The column of some of its rows."""

@@ -98,7 +98,7 @@ def _kinds(scorer: Scorer, name: str, where: str) -> set[FeatureKind]:
         guess = nearest(name[:200], scorer.columns)
         hint = f"Did you mean '{guess}'?" if guess else f"It has {', '.join(sorted(scorer.columns))}."
         raise Refused(400, f"{where} is none that this model reads. {hint}")
-    return {feature.kind for feature in scorer.schema.features if feature.column == name}
+    return scorer.kinds.get(name, set())
 
 
 def _checked_numbers(
@@ -106,8 +106,9 @@ def _checked_numbers(
 ) -> NDArray[Any]:
     if any(tensor.name in task.columns for task in scorer.schema.tasks):
         raise Refused(400, f"{where} names tasks and is {tensor.datatype}; send BYTES or INT64.")
-    bad = ~np.isfinite(data)
-    if bad.any():
+    finite = np.isfinite(data)
+    if not finite.all():
+        bad = ~finite
         place = int(bad.reshape(-1).argmax())
         value = data.reshape(-1)[place]
         if not (missing_allowed and not np.isinf(data).any()):

@@ -22,11 +22,11 @@ from limaml.interactions import Task
 from limaml.meta.blocks import add_parts
 from limaml.meta.precision import precision_of_blocks
 from limaml.meta.saved import TrainedModel
-from limaml.meta.scorer import calling, gather_parts, take
+from limaml.meta.scorer import calling, gather_parts
 from limaml.serving.columns import Column, Lookup, Lookups, keys_of
 from limaml.serving.row_cache import RowCache
 from limaml.store.contract import Reader
-from limaml.types import ROW, CutBlock, Features, Parts, embedding_name
+from limaml.types import ROW, CutBlock, FeatureKind, Features, Parts, embedding_name
 
 __all__ = ["DEFAULT_CACHE_BYTES", "Asked", "AskedTask", "Entries", "Scorer"]
 
@@ -71,11 +71,16 @@ class Scorer:
     def __init__(self, trained: TrainedModel, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.trained, self.model, self.schema = trained, trained.model, trained.encoder.schema
         self.lookups = Lookups(trained.encoder)
+        self._dtype, self._device = trained.model.dtype, trained.model.device
         self._ids = [lookup for lookup in self.lookups.on(ROW) if lookup.is_id]
         self._numbers = [lookup for lookup in self.lookups.on(ROW) if not lookup.is_id]
         self._width = {task.name: feature_width(trained.encoder.specs, task.name) for task in self.schema.tasks}
         self._own = {
             task.name: {lookup.feature.column for lookup in self.lookups.on(task.name)} for task in self.schema.tasks
+        }
+        self.kinds: dict[str, set[FeatureKind]] = {
+            column: {feature.kind for feature in self.schema.features if feature.column == column}
+            for column in [feature.column for feature in self.schema.features]
         }
         self.columns = {column for task in self.schema.tasks for column in task.columns}
         self.columns |= {feature.column for feature in self.schema.features}
@@ -128,7 +133,7 @@ class Scorer:
             )
         stored = reader.get(task, keys)
         found = np.asarray(stored.found)
-        z = torch.from_numpy(np.array(stored.vectors)).to(self.model.dtype).reshape(k, dim)
+        z = torch.from_numpy(np.array(stored.vectors)).to(self._dtype).reshape(k, dim)
         if not found.all():
             unknown = torch.from_numpy(np.flatnonzero(~found))
             z[unknown] = self.cold(task, table, unknown).to(z)
@@ -184,12 +189,10 @@ class Scorer:
         """`logits`, for who needs their slopes by the embeddings."""
         block, rows = self.model.global_block, sum(one.rows for one in asked)
         if not rows:
-            return torch.zeros(0, self.model.losses.heads, dtype=self.model.dtype)
+            return torch.zeros(0, self.model.losses.heads, dtype=self._dtype)
         z = {task: one.z if embeddings is None else embeddings[task] for task, one in entries.items()}
         shapes: Features = {embedding_name(task): value for task, value in z.items()}
-        with calling(
-            f"The global block {type(block).__name__}", precision_of_blocks(self.model.device), lambda: shapes
-        ):
+        with calling(f"The global block {type(block).__name__}", precision_of_blocks(self._device), lambda: shapes):
             logits = (
                 self._cut(block, asked, entries, z)
                 if isinstance(block, CutBlock)
@@ -205,10 +208,10 @@ class Scorer:
             numbers = block.encode(self._on_device(self._encode_numbers(asked)))
             parts = numbers if parts is None else add_parts(parts, numbers)
         for task, one in entries.items():
-            own = block.condition({embedding_name(task): z[task].to(self.model.device)})
+            own = block.condition({embedding_name(task): z[task].to(self._device)})
             if one.table:
                 own = add_parts(own, block.encode(self._on_device(one.table)))
-            spread = gather_parts(own, one.owner.to(self.model.device))
+            spread = gather_parts(own, one.owner.to(self._device))
             parts = spread if parts is None else add_parts(parts, spread)
         assert parts is not None
         return block.score(parts)
@@ -246,5 +249,7 @@ class Scorer:
         return block.encode(self._on_device(self._encode(self._ids, columns, rows)))
 
     def _on_device(self, features: Features) -> Features:
-        count = len(next(iter(features.values()), torch.empty(0)))
-        return take(features, torch.arange(count), self.model.dtype, self.model.device)
+        return {
+            name: values.to(self._device, self._dtype if values.is_floating_point() else None)
+            for name, values in features.items()
+        }
