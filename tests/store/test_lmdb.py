@@ -394,6 +394,62 @@ def test_kill_9_of_a_publisher_leaves_a_whole_version(path: Path) -> None:
         release(store, 1.0)
 
 
+def test_forgetting_that_was_killed_before_the_file_was_overwritten_is_completed(path: Path) -> None:
+    code = """
+import os, signal, sys
+from limaml.store import LmdbStore, run_folder
+run_folder.erase = lambda path, rows: os.kill(os.getpid(), signal.SIGKILL)
+with LmdbStore(sys.argv[1]) as store:
+    store.forget("member", ["bob"])
+"""
+    with open_store(path) as store, store.publish("m", dims={"member": 3}) as publication:
+        publication.put("member", ["ann", "bob"], np.array([[1, 1, 1], [7.25, 7.25, 7.25]]), column(2), column(2))
+        publication.commit()
+    assert run(code, path).returncode == -signal.SIGKILL
+    secret = struct.pack("<3f", 7.25, 7.25, 7.25)
+    assert secret in only_run(path).read_bytes()
+    with open_store(path) as store:
+        assert secret not in only_run(path).read_bytes()
+        assert b"bob" not in only_run(path).read_bytes()
+        assert [each.raw for each in read_run(only_run(path))] == [b"ann"]
+        assert store.get("m", "member", ["ann", "bob"]).found.tolist() == [True, False]
+        assert store.verify("m") == {"member": 1}
+        assert store.forgotten("member") == ["bob"]
+
+
+def test_a_publication_larger_than_its_buffer_ends_in_one_file(path: Path) -> None:
+    n = 3000
+    ids = [f"t{number}" for number in range(n)]
+    with LmdbStore(path, buffer_bytes=20_000) as store:
+        with store.publish("m", dims={"member": 8}) as publication:
+            for start in range(0, n, 100):
+                publication.put("member", ids[start : start + 100], np.ones((100, 8)), column(100), column(100))
+            publication.put("member", ids[:500], np.full((500, 8), 2.0), column(500, 2), column(500))
+            assert len(list((path / "runs").iterdir())) > 10
+            done = publication.commit(expected={"member": n})
+        assert (done.applied, done.stale) == (n + 500, 0)
+        assert len(list(read_run(only_run(path)))) == n
+        assert values(store.get("m", "member", ids)) == [2.0] * 500 + [1.0] * (n - 500)
+
+
+def test_a_large_put_is_the_same_as_many_small_ones(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limaml.store.publication._AT_ONCE", 1)
+    rng = np.random.default_rng(0)
+    ids = [f"t{number}" for number in rng.permutation(500)]
+    vectors, count = rng.normal(size=(500, 5)).astype(np.float32), rng.integers(1, 9, 500)
+    with open_store(path) as store:
+        for dtype in ("float32", "float16", "int8"):
+            with store.publish("m", dims={"member": 5}, dtype=dtype) as publication:
+                publication.put(
+                    "member", [*ids, ids[0]], np.vstack([vectors, vectors[:1]]), np.append(count, 0), column(501)
+                )
+                done = publication.commit()
+            assert (done.applied, done.stale) == (500, 1)
+            found = store.get("m", "member", ids)
+            np.testing.assert_allclose(found.vectors, vectors, atol=0 if dtype == "float32" else 0.02)
+            assert found.count.tolist() == count.tolist()
+
+
 def test_of_two_publishing_processes_one_wins_and_the_other_says_so(path: Path) -> None:
     code = """
 import sys, time, numpy as np
