@@ -95,8 +95,9 @@ def working(
         str(run),
         address,
         str(count),
-        str(max_batch),
+        str(given.batch),
         str(out),
+        str(given.core),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:

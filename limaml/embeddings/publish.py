@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from limaml.embeddings.factors import factor_dims, factor_type, pack_factors, prior_factor
 from limaml.embeddings.features import feature_width, features_type, pack_features, task_of
 from limaml.embeddings.generate import Generated, generate
-from limaml.errors import DataError, StoreError
+from limaml.errors import DataError
 from limaml.meta.saved import TrainedModel
 from limaml.store.contract import Publication, Published, Store
 from limaml.tasks import TaskRows
@@ -124,25 +124,13 @@ def publish(
                 unknown = pack_features(trained.encoder.unknown_features(task), specs, task)
                 publication.put_cold(features_type(task), unknown[0])
                 expected[features_type(task)] = total
-        try:
-            return publication.commit(expected=expected, activate=activate)
-        except StoreError:  # a stream may have added tasks; that all of these are there is seen one by one
-            forgotten = {name: set(store.forgotten(task_of(name))) for name in expected}
-            if any(_missing(publication, data, name, forgotten[name]) for name in expected):
-                raise
-            return publication.commit(activate=activate)
+        return publication.commit(expected=expected, activate=activate)
 
 
 def _to_do(publication: Publication, data: Interactions, task: str, dims: Mapping[str, int]) -> Tensor:
     """The tasks that lack something which an earlier publisher did not come to."""
     has = [publication.written(name, data.ids[task]) for name in dims if task_of(name) == task]
     return torch.from_numpy(np.flatnonzero(~np.all(has, axis=0)))
-
-
-def _missing(publication: Publication, data: Interactions, name: str, forgotten: Collection[str]) -> bool:
-    ids = data.ids[task_of(name)]
-    lacking = np.flatnonzero(~publication.written(name, ids))
-    return any(ids[place] not in forgotten for place in lacking)
 
 
 @torch.no_grad()

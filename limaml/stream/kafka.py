@@ -47,6 +47,7 @@ class KafkaSource:
             "enable.auto.offset.store": False,
             "auto.offset.reset": "error",
             "isolation.level": "read_committed",
+            "enable.partition.eof": True,  # what lies at the end may be markers, which are never delivered
             "error_cb": self._failed,
             "logger": quiet,
             **(options or {}),
@@ -55,6 +56,7 @@ class KafkaSource:
         self._consumer: Any = None
         self._down: str | None = None
         self._next: dict[int, int] = {}  # partition → offset to fetch next
+        self._end: dict[int, int] = {}  # partition → its end when it was assigned
         self._looked = 0.0
         self._known: dict[str, int] = {}
 
@@ -96,7 +98,7 @@ class KafkaSource:
                     end=high,
                     latest=self.latest,
                 )
-                self._next[place.partition] = begin
+                self._next[place.partition], self._end[place.partition] = begin, high
                 sentences += [lost] if lost else []
             self._consumer.assign(
                 [self._kafka.TopicPartition(self.topic, number, begin) for number, begin in self._next.items()]
@@ -117,6 +119,9 @@ class KafkaSource:
         events = []
         for message in messages:
             if message.error() is not None:
+                if message.error().code() == self._kafka.KafkaError._PARTITION_EOF:
+                    self._next[message.partition()] = max(self._next[message.partition()], message.offset())
+                    continue
                 raise self._explained(self._kafka.KafkaException(message.error()))
             kind, milliseconds = message.timestamp()
             taken = None if kind == _TIMESTAMP_NOT_AVAILABLE else milliseconds / 1000
@@ -143,12 +148,12 @@ class KafkaSource:
         found: dict[str, int | None] = {}
         for number, offset in self._next.items():
             place = self._kafka.TopicPartition(self.topic, number)
-            high = self._consumer.get_watermark_offsets(place, cached=True)[1]  # as of the last fetch
-            found[str(number)] = None if high < 0 else max(0, high - offset)
+            high = self._consumer.get_watermark_offsets(place, cached=True)[1]  # as of the last fetch; below 0 before
+            found[str(number)] = max(0, max(high, self._end[number]) - offset)
         return found
 
     def close(self) -> None:
-        self._next = {}
+        self._next, self._end = {}, {}
         if self._consumer is not None:
             self._consumer.close()
             self._consumer = None

@@ -148,7 +148,7 @@ class Worker:
                 batch = self._gather(once)
                 if batch.events:
                     self._take(batch)
-                elif once and all(feed.is_open and feed.empty for feed in self._feeds):
+                elif once and all(self._drained(feed) for feed in self._feeds):
                     break
                 else:
                     self._idle()
@@ -219,6 +219,16 @@ class Worker:
         feed.is_open, feed.pause, feed.empty = True, 0.0, False
         self._observer.up(feed.source.name, True)
         return True
+
+    def _drained(self, feed: _Feed) -> bool:
+        """Whether a source has brought all it holds: a fetch that brings nothing may have been a slow answer."""
+        if not (feed.is_open and feed.empty):
+            return False
+        try:
+            return not any(feed.source.lag().values())
+        except SourceDown as error:
+            self._lost(feed, error)
+            return False
 
     def _lost(self, feed: _Feed, error: SourceDown) -> None:
         """Close the source, and try again later. What it brought and is not in the log will come again."""
