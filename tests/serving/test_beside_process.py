@@ -125,11 +125,12 @@ def infer_requests(draw: st.DrawFn) -> service_pb2.ModelInferRequest:
     request = service_pb2.ModelInferRequest(model_name="model", id=draw(st.text(max_size=2)))
     good = {"user_id": ("INT64", "int64_contents", [1, 2]), "item_id": ("INT64", "int64_contents", [3, 4])}
     good |= {"category": ("BYTES", "bytes_contents", [b"a", b"b"]), "quality": ("FP32", "fp32_contents", [0.5, 1.0])}
-    for name in [*good, *draw(st.lists(st.text(max_size=3), max_size=1))]:
-        if draw(st.integers(0, 9)) == 0:
+    rarely = st.sampled_from([False] * 12 + [True])
+    for name in [*good, *(draw(st.lists(st.text(max_size=3), max_size=2)) if draw(rarely) else ())]:
+        if draw(rarely):
             continue
-        datatype, field, values = good[name] if name in good and draw(st.integers(0, 2)) else draw(numbers)
-        shape = [len(values)] if draw(st.integers(0, 4)) else draw(st.lists(st.integers(-1, 3), max_size=3))
+        datatype, field, values = good[name] if name in good and not draw(rarely) else draw(numbers)
+        shape = draw(st.lists(st.integers(-1, 3), max_size=3)) if draw(rarely) else [len(values)]
         contents = service_pb2.InferTensorContents(**{field: values})
         request.inputs.add(name=name, datatype=datatype, shape=shape, contents=contents)
     for name in draw(
