@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+from store.servers import cluster
 
 from limaml.errors import ConfigError, DataError
 from limaml.stream.source import Event, Source, SourceDown
 from limaml.stream.url import open_source
 
-from .brokers import Broker, broker
+from .brokers import Broker, broker, redis
 
 KINDS = ["file", "redis", "nats", "kafka"]
 
@@ -242,3 +243,25 @@ def test_a_key_that_holds_no_stream_is_said() -> None:
         server.client.set("clicks", "text")  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match="no stream"):
             open_source(server.address, "g").open({})
+
+
+def test_a_redis_cluster_is_read_and_told() -> None:
+    with cluster() as servers:
+        client = redis.RedisCluster(host="127.0.0.1", port=servers[0].port)
+        for payload in payloads(0, 6):
+            client.xadd("clicks", {"event": payload})
+        source = open_source(f"redis://127.0.0.1:{servers[1].port}/clicks?cluster=true", "g")
+        try:
+            assert source.open({}) == []
+            events = drain(source, 6)
+            source.commit({"0": events[3].position})
+            assert said(events) == payloads(0, 6)
+            source.open({"0": events[1].position})
+            assert said(drain(source, 4)) == payloads(2, 6)
+            servers[0].kill()
+            servers[2].kill()
+            with pytest.raises(SourceDown, match="answer"):
+                fetch_until_it_fails(source)
+        finally:
+            source.close()
+            client.close()
