@@ -194,7 +194,8 @@ class Lookups:
     def has_negative(self, column: str) -> bool:
         """Whether training has seen a negative integer in a column of ids."""
         return any(
-            isinstance(lookup.codec, Vocabulary) and lookup.codec.kind == "integer" and lookup.codec.values[:1] < (0,)
+            isinstance(lookup.codec, Vocabulary)
+            and any(value < 0 for value in lookup.codec.values[:1] if isinstance(value, int))
             for lookups in self._of.values()
             for lookup in lookups
             if lookup.feature.column == column and lookup.codec.size > 2

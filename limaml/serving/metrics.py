@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from limaml.errors import require
-
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
 
 __all__ = ["Metrics"]
 
@@ -66,7 +63,3 @@ class Metrics:
         self.version.clear()
         self.version.labels(model, version).set(1)
         self.watermark.set(float("nan") if watermark is None else watermark)
-
-    def collector(self) -> CollectorRegistry:
-        """Where others add theirs."""
-        return self.registry

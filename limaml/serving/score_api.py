@@ -23,7 +23,7 @@ __all__ = ["Failure", "make_api", "refused_response"]
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr | None
 Row = dict[str, Scalar | list[Scalar]]
 
-EXAMPLE = {"task": {"user_id": 42}, "candidates": [{"item_id": 7}, {"item_id": 8}]}
+EXAMPLE: Any = {"task": {"user_id": 42}, "candidates": [{"item_id": 7}, {"item_id": 8}]}
 
 
 class ScoreRequest(BaseModel):

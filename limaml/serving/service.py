@@ -17,52 +17,22 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
-
-from limaml.embeddings.factors import factor_type
 from limaml.errors import DataError, LimamlError, StoreError
+from limaml.serving.batches import Batches, Options, StoreState, Waiting
 from limaml.serving.metrics import Metrics
 from limaml.serving.questions import Answer, Question, column_of_tensor, refuse_partial, rows_of
-from limaml.serving.scoring import Asked, Entries
-from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused, TensorMetadata
-from limaml.serving.thompson import Sampling, deviations, posteriors_of, sampled, sampling_of
+from limaml.serving.scoring import Asked
+from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused
+from limaml.serving.thompson import sampling_of
 from limaml.serving.versions import Loaded, Versions
-from limaml.types import ROW, FeatureKind
 
 __all__ = ["Options", "Service"]
 
 logger = logging.getLogger("limaml.serving")
 
 PLATFORM = "limaml"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a service behaves. Times are in seconds."""
-
-    max_batch: int = 4096  # rows in one forward, and in one request
-    queue: int = 1024  # requests that wait at the most
-    timeout: float = 1.0  # for one request, from when it was read
-    poll: float = 1.0  # between looks at the pointer
-    retry: float = 1.0  # between looks at a store that did not answer
-    on_store_error: Literal["cold", "fail"] = "cold"
-    pinned: int = 2  # versions beside the current one that stay loaded for those who ask for them
-    kept: tuple[str, ...] = ()  # versions that are loaded at the start and stay, whoever asks for others
-    inline: bool = True  # score in the event loop
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    question: Question
-    asked: Asked
-    loaded: Loaded
-    answer: asyncio.Future[Answer]
-    since: float
-    sampling: Sampling
 
 
 class Service:
@@ -86,13 +56,13 @@ class Service:
         self._current: Loaded | None = None
         self._pinned: dict[str, Loaded] = {}
         self._pinning = asyncio.Lock()
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[Waiting] = []
         self._in_flight = 0
         self.metrics.in_flight.set_function(lambda: self._in_flight)
         self._wake = asyncio.Event()
         self._draining = False
-        self._store_down_until: float | None = None
-        self._reopen = False
+        self._store = StoreState(self.options, self.metrics)
+        self._batches = Batches(self.options, self.metrics, self._store)
         self._tasks: list[asyncio.Task[None]] = []
         self._loader = ThreadPoolExecutor(1, "limaml-load")
         self._scoring = None if self.options.inline else ThreadPoolExecutor(1, "limaml-score")
@@ -165,46 +135,33 @@ class Service:
         """Follow the pointer; find out whether the store answers again."""
         failures = 0
         while True:
-            down = self._store_down_until is not None
-            pause = min(self.options.poll, self.options.retry) if down else self.options.poll * 2 ** min(failures, 5)
+            pause = (
+                min(self.options.poll, self.options.retry)
+                if self._store.down
+                else self.options.poll * 2 ** min(failures, 5)
+            )
             await asyncio.sleep(pause)
             try:
                 loaded = await self._in_loader(self._newer)
             except StoreError as error:
-                self._store_failed(error)
+                self._store.failed(error)
             except Exception as error:  # whatever a model folder holds, the version that is served stays
                 failures += 1
                 self.metrics.reload_failures.inc()
                 logger.error("The current version could not be loaded; the one before it stays: %s", error)
             else:
                 failures = 0
-                self._store_answers()
+                self._store.answers()
                 if loaded is not None:
                     self._serve(loaded)
 
     def _newer(self) -> Loaded | None:
         """The current version, if it is not the one that is served, or that one's reader has failed."""
         current, served = self.versions.current(), self._current
-        if current is None or served is None or (current == served.version and not self._reopen):
+        if current is None or served is None or (current == served.version and not self._store.reopen):
             return None
-        self._reopen = False
+        self._store.reopen = False
         return self.versions.load(current)
-
-    # --------------------------------------------------------------------------------------------------- the store
-
-    def _store_failed(self, error: StoreError) -> None:
-        self.metrics.store_errors.inc()
-        if self._store_down_until is None:
-            logger.error("Until the store answers, %s. %s", _WITHOUT[self.options.on_store_error], error)
-            self.metrics.store_up.set(0)
-        self._store_down_until = time.monotonic() + self.options.retry
-        self._reopen = True
-
-    def _store_answers(self) -> None:
-        if self._store_down_until is not None:
-            logger.info("The store answers again.")
-            self.metrics.store_up.set(1)
-        self._store_down_until = None
 
     # ---------------------------------------------------------------------------------------------------- metadata
 
@@ -213,10 +170,7 @@ class Service:
         loaded = await self._find(name, version)
         try:
             ready = await self._ready_versions()
-            outputs = [TensorMetadata(each, "FP32", (-1,)) for each in _output_names(loaded)]
-            outputs += [TensorMetadata(each, "FP32", (-1,)) for each in _deviation_names(loaded)]
-            outputs += [TensorMetadata("known", "BOOL", (-1,)), TensorMetadata("version", "BYTES", (1,))]
-            return ModelMetadata(self.model, ready, PLATFORM, _inputs(loaded), outputs)
+            return ModelMetadata(self.model, ready, PLATFORM, loaded.tensors.inputs, loaded.tensors.outputs)
         finally:
             self._done_with(loaded)
 
@@ -224,7 +178,7 @@ class Service:
         try:
             found: list[str] = await self._in_loader(self.versions.ready)
         except StoreError as error:
-            self._store_failed(error)
+            self._store.failed(error)
             raise Refused(503, f"The store does not answer: {error}", retry_after=self.options.retry) from error
         return found
 
@@ -285,13 +239,14 @@ class Service:
             columns = {
                 name: column_of_tensor(tensor, loaded.scorer, allowed) for name, tensor in request.inputs.items()
             }
-            wanted = _wanted(request.outputs, loaded)
+            tensors = loaded.tensors
+            wanted = tensors.wanted(request.outputs)
             rows = rows_of(columns, self.options.max_batch)
             parameters = dict(request.parameters)
-            if any(name in _deviation_names(loaded) for name in wanted):
+            if any(name in tensors.deviations for name in wanted):
                 parameters["logit_sd"] = True
             elif parameters.get("logit_sd") is True:
-                wanted = [*wanted, *_deviation_names(loaded)]
+                wanted = [*wanted, *tensors.deviations]
             question = Question(columns, rows, request.version, request.id, parameters)
             answer = await self.answer(question, loaded, begun)
         finally:
@@ -299,7 +254,7 @@ class Service:
         told: dict[str, Any] = {"store": "down"} if answer.store_down else {}
         if answer.sampled:
             told["sampled"] = True
-        outputs = tuple(InferTensor.of(name, _output(name, answer, loaded)) for name in wanted)
+        outputs = tuple(InferTensor.of(name, tensors.output(name, answer)) for name in wanted)
         return InferResponse(request.model, answer.version, request.id, outputs, told)
 
     async def answer(self, question: Question, loaded: Loaded | None = None, begun: float | None = None) -> Answer:
@@ -326,8 +281,14 @@ class Service:
             logger.warning("Version %s cannot have its share of the traffic: %s", version, refusal.message)
             return await self._enqueue(question, loaded.scorer.ask(question.columns, question.rows), loaded, begun)
         try:
-            asked = other.scorer.ask(question.columns, question.rows)
-            return await self._enqueue(question, asked, other, begun)
+            chosen = other
+            if other.tensors.usual != loaded.tensors.usual:
+                logger.warning(
+                    "Version %s has other outputs than the current one, and gets none of its traffic.", version
+                )
+                chosen = loaded
+            asked = chosen.scorer.ask(question.columns, question.rows)
+            return await self._enqueue(question, asked, chosen, begun)
         except DataError as error:
             raise Refused(400, str(error)) from error
         finally:
@@ -339,7 +300,7 @@ class Service:
             metrics.rejected.labels("queue").inc()
             raise Refused(503, f"{options.queue} requests wait already; ask again in a moment.", retry_after=1)
         loop, now = asyncio.get_running_loop(), time.perf_counter()
-        waiting = _Waiting(question, asked, loaded, loop.create_future(), now, sampling)
+        waiting = Waiting(question, asked, loaded, loop.create_future(), now, sampling)
         if begun is not None:
             metrics.decode.observe(now - begun)
         self._waiting.append(waiting)
@@ -355,7 +316,7 @@ class Service:
             observe(question, answer)
         return answer
 
-    def _too_late(self, waiting: _Waiting) -> None:
+    def _too_late(self, waiting: Waiting) -> None:
         if not waiting.answer.done():
             self.metrics.rejected.labels("timeout").inc()
             waiting.answer.set_exception(
@@ -380,9 +341,9 @@ class Service:
                 one.loaded.users += 1  # a request that gave up must not close the version under the batch
             try:
                 if self._scoring is None:
-                    found: Sequence[Answer | Refused] | Exception = self._score(batch)
+                    found: Sequence[Answer | Refused] | Exception = self._batches.score(batch)
                 else:
-                    found = await loop.run_in_executor(self._scoring, self._score, batch)
+                    found = await loop.run_in_executor(self._scoring, self._batches.score, batch)
             except Refused as refusal:
                 found = refusal
             except Exception as error:
@@ -394,10 +355,10 @@ class Service:
             self._resolve(batch, found)
             await asyncio.sleep(0)  # let in what came meanwhile
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self) -> list[Waiting]:
         """What waits for one version, in the order in which it came, as much as fits in a batch."""
-        batch: list[_Waiting] = []
-        left: list[_Waiting] = []
+        batch: list[Waiting] = []
+        left: list[Waiting] = []
         rows = 0
         for one in self._waiting:
             if one.answer.done():
@@ -408,83 +369,8 @@ class Service:
         self._waiting = left
         return batch
 
-    def _score(self, batch: Sequence[_Waiting]) -> list[Answer | Refused]:
-        """The answers to a batch, all from one version. May run in a thread of its own."""
-        metrics, loaded, started = self.metrics, batch[0].loaded, time.perf_counter()
-        scorer, asked = loaded.scorer, [one.asked for one in batch]
-        entries, down = self._look_up(loaded, asked)
-        looked = time.perf_counter()
-        logits = scorer.logits(asked, entries)
-        with torch.no_grad():
-            predictions = scorer.model.losses.predictions(logits).float().cpu().numpy()
-        answers: list[Answer | Refused] = []
-        answers += _split(loaded.version, logits.float().cpu().numpy(), predictions, asked, entries, down)
-        for place, (one, answer) in enumerate(zip(batch, answers, strict=True)):
-            metrics.wait.observe(started - one.since)
-            if isinstance(answer, Answer) and (one.sampling.sample or one.sampling.deviations):
-                answers[place] = self._explored(loaded, one, answer)
-        metrics.look_up.observe(looked - started)
-        metrics.forward.observe(time.perf_counter() - looked)
-        metrics.batch_requests.observe(len(batch))
-        metrics.batch_rows.observe(len(logits))
-        metrics.rows.labels(loaded.version).inc(len(logits))
-        self._count(loaded, entries)
-        return answers
-
-    def _explored(self, loaded: Loaded, one: _Waiting, answer: Answer) -> Answer | Refused:
-        """An answer with what its question asks for beside the scores: a draw in their place, or their deviations."""
-        scorer, sampling, asked, entries = loaded.scorer, one.sampling, one.asked, answer.entries
-        try:
-            if answer.store_down:
-                raise Refused(503, "The store does not answer, and has what sampling needs.", retry_after=1)
-            posteriors = posteriors_of(loaded.reader, entries)
-            if sampling.deviations:
-                sd = deviations(scorer, posteriors, asked, entries, sampling.scale)
-                answer = replace(answer, deviations=sd)
-            if sampling.sample:
-                logits = sampled(scorer, posteriors, asked, entries, sampling)
-                with torch.no_grad():
-                    predictions = scorer.model.losses.predictions(logits).float().cpu().numpy()
-                answer = replace(answer, logits=logits.float().cpu().numpy(), predictions=predictions, sampled=True)
-        except Refused as refusal:
-            return refusal
-        except StoreError as error:
-            self._store_failed(error)
-            return Refused(503, f"The store does not answer: {error}", retry_after=self.options.retry)
-        return answer
-
-    def _look_up(self, loaded: Loaded, asked: Sequence[Asked]) -> tuple[dict[str, Entries], bool]:
-        """The tasks of a batch, and whether they had to do without the store."""
-        failure: StoreError | None = None
-        if self._store_down_until is None:
-            try:
-                return loaded.scorer.look_up(loaded.reader, asked), False
-            except StoreError as error:
-                failure = error
-                self._store_failed(error)
-        if self.options.on_store_error == "fail":
-            why = f": {failure}" if failure else " at the moment."
-            raise Refused(503, f"The store does not answer{why}", retry_after=self.options.retry)
-        return loaded.scorer.look_up(None, asked), True
-
-    def _count(self, loaded: Loaded, entries: dict[str, Entries]) -> None:
-        metrics, cache = self.metrics, loaded.scorer.cache
-        for task, one in entries.items():
-            known = int(one.found.sum())
-            if known:
-                metrics.tasks.labels(task, "known").inc(known)
-            if known < len(one.found):
-                metrics.tasks.labels(task, "cold").inc(len(one.found) - known)
-            if loaded.on_a_clock:
-                for newest in one.event_time[one.found & (one.count > 0)].tolist():
-                    metrics.age.observe(max(0.0, time.time() - newest / 1e6))
-        hits, misses = cache.hits, cache.misses
-        metrics.cache_hits.inc(hits - misses)
-        metrics.cache_misses.inc(misses)
-        cache.hits = cache.misses = 0
-
     @staticmethod
-    def _resolve(batch: Sequence[_Waiting], found: Sequence[Answer | Refused] | Exception) -> None:
+    def _resolve(batch: Sequence[Waiting], found: Sequence[Answer | Refused] | Exception) -> None:
         for place, one in enumerate(batch):
             if not one.answer.done():
                 answer = found if isinstance(found, Exception) else found[place]
@@ -494,101 +380,6 @@ class Service:
                     one.answer.set_result(answer)
 
 
-_WITHOUT = {"cold": "every task gets its cold embedding", "fail": "requests are refused (503)"}
-
-
 def _close(loaded: Loaded) -> None:
     with contextlib.suppress(StoreError):  # a lease in a store that is down ends by itself
         loaded.reader.close()
-
-
-def _split(
-    version: str,
-    logits: np.ndarray[Any, Any],
-    predictions: np.ndarray[Any, Any],
-    asked: Sequence[Asked],
-    entries: dict[str, Entries],
-    down: bool,
-) -> list[Answer]:
-    """Each request's share of a batch."""
-    answers, row, place = [], 0, dict.fromkeys(entries, 0)
-    for one in asked:
-        rows = slice(row, row + one.rows)
-        known = np.ones(one.rows, dtype=np.bool_)
-        own = {}
-        for task, whole in entries.items():
-            first = place[task]
-            part = slice(first, first + len(one.tasks[task].keys))
-            place[task] = part.stop
-            owner = whole.owner[rows] - first if first else whole.owner[rows]
-            own[task] = Entries(
-                whole.keys[part],
-                owner,
-                whole.found[part],
-                whole.count[part],
-                whole.event_time[part],
-                whole.z[part],
-                {name: values[part] for name, values in whole.table.items()},
-            )
-            known &= whole.found[part][owner.numpy()]
-        answers.append(Answer(version, logits[rows], predictions[rows], known, one, own, down))
-        row = rows.stop
-    return answers
-
-
-def _output_names(loaded: Loaded) -> list[str]:
-    """`score` and `logit`; where there are several labels, `score.LABEL` and `logit.LABEL` of each."""
-    labels = loaded.scorer.schema.labels
-    if len(labels) == 1:
-        return ["score", "logit"]
-    return [f"{what}.{label.name}" for label in labels for what in ("score", "logit")]
-
-
-def _deviation_names(loaded: Loaded) -> list[str]:
-    """`logit_sd` (of each label), where the version has its tasks' posteriors: given where asked for."""
-    if not all(factor_type(task.name) in loaded.reader.dims for task in loaded.scorer.schema.tasks):
-        return []
-    return [name.replace("logit", "logit_sd", 1) for name in _output_names(loaded) if name.startswith("logit")]
-
-
-def _wanted(outputs: Sequence[str], loaded: Loaded) -> Sequence[str]:
-    """The outputs asked for; if none is named, all but deviations."""
-    usual, others = [*_output_names(loaded), "known", "version"], _deviation_names(loaded)
-    for name in outputs:
-        if name not in usual and name not in others:
-            hint = " (limaml embed --uncertainty publishes what logit_sd needs)" if name.startswith("logit_sd") else ""
-            raise Refused(
-                400, f"There is no output {name[:80]!r}; this model has {', '.join([*usual, *others])}{hint}."
-            )
-    return outputs or usual
-
-
-def _output(name: str, answer: Answer, loaded: Loaded) -> np.ndarray[Any, Any]:
-    if name == "known":
-        return answer.known
-    if name == "version":
-        version = np.empty(1, dtype=np.object_)
-        version[0] = answer.version.encode()
-        return version
-    if name in _deviation_names(loaded) and answer.deviations is not None:
-        return answer.deviations[:, _deviation_names(loaded).index(name)]
-    head = _output_names(loaded).index(name) // 2
-    return (answer.predictions if name.startswith("score") else answer.logits)[:, head]
-
-
-def _inputs(loaded: Loaded) -> list[TensorMetadata]:
-    """Task columns and feature columns, each with the datatype that fits best; others that fit are taken as well."""
-    scorer = loaded.scorer
-    found = {column: TensorMetadata(column, "BYTES", (-1,)) for task in scorer.schema.tasks for column in task.columns}
-    widths = {spec.name: spec.size for spec in scorer.trained.encoder.specs}
-    for side in [ROW, *(task.name for task in scorer.schema.tasks)]:
-        for lookup in scorer.lookups.on(side):
-            feature = lookup.feature
-            if feature.kind is FeatureKind.NUMERIC:
-                tensor = TensorMetadata(feature.column, "FP32", (-1,))
-            elif feature.kind is FeatureKind.VECTOR:
-                tensor = TensorMetadata(feature.column, "FP32", (-1, widths[feature.name]))
-            else:
-                tensor = TensorMetadata(feature.column, lookup.datatype, (-1,))
-            found.setdefault(feature.column, tensor)
-    return list(found.values())

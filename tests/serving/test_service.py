@@ -14,7 +14,7 @@ import pytest
 from published import publish_small, small
 
 import limaml
-from limaml.errors import StoreError
+from limaml.errors import DataError, StoreError
 from limaml.serving.service import Options, Service
 from limaml.serving.tensors import InferRequest, InferTensor, Refused
 from limaml.serving.versions import Versions
@@ -72,8 +72,8 @@ def test_many_at_once_are_batched_and_each_gets_its_own(folder: Path, inline: bo
     batches = []
 
     async def work(service: Service) -> Sequence[Any]:
-        score = service._score
-        service._score = lambda batch: (batches.append(len(batch)), score(batch))[1]  # type: ignore[method-assign]
+        score = service._batches.score
+        service._batches.score = lambda batch: (batches.append(len(batch)), score(batch))[1]  # type: ignore[method-assign]
         return await asyncio.gather(*(service.infer(request(frame)) for frame in frames))
 
     with limaml.open_store(folder / "store") as store, limaml.Predictor(store, "model") as predictor:
@@ -93,8 +93,8 @@ def test_a_full_queue_and_a_late_answer_say_so(folder: Path) -> None:
         return await asyncio.gather(*asked, return_exceptions=True)
 
     async def slow(service: Service) -> Any:
-        score = service._score
-        service._score = lambda batch: (time.sleep(0.2), score(batch))[1]  # type: ignore[method-assign]
+        score = service._batches.score
+        service._batches.score = lambda batch: (time.sleep(0.2), score(batch))[1]  # type: ignore[method-assign]
         with pytest.raises(Refused) as caught:
             await service.infer(request(FRAME.head(1)))
         return caught.value
@@ -201,6 +201,25 @@ def test_a_version_can_be_asked_for_by_name_and_goes_when_it_is_no_longer_used(t
         run(store, work, Options(poll=0.01, timeout=60))
         store.activate("model", store.versions("model")[-1].id)
         assert store.expire("model", keep=1).removed, "nobody holds the version that is not served"
+
+
+def test_what_only_encoding_finds_is_told_to_who_sent_it(folder: Path) -> None:
+    async def work(service: Service) -> list[Any]:
+        look_up = service._batches._look_up
+
+        def refusing(loaded: Any, asked: Sequence[Any]) -> Any:
+            if any(one.rows == 3 for one in asked):
+                raise DataError("Not all entries of the vector are numbers.")
+            return look_up(loaded, asked)
+
+        service._batches._look_up = refusing  # type: ignore[method-assign]
+        asked = [service.infer(request(FRAME.head(rows))) for rows in (1, 2, 3, 4)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with limaml.open_store(folder / "store") as store:
+        *good, bad = sorted(run(store, work, Options(timeout=60)), key=lambda one: isinstance(one, Refused))
+    assert [len(outputs(one)["score"]) for one in good] == [1, 2, 4]
+    assert bad.status == 400 and "not all entries" in bad.message.lower()
 
 
 NAN = np.array([float("nan")])
