@@ -58,8 +58,8 @@ def chain_of(layers: Sequence[nn.Module]) -> Chain | None:
 class Chain:
     """`activation, Linear, activation, Linear, …` on rows, without gradients of autograd's.
 
-    One pass `forward`, then any number `backward`; or one `tangent` and one `reverse`; or one `steepest` and one `turn`. What a pass gives is a buffer that
-    the next pass of its kind writes over.
+    One pass `forward`, then any number `backward`; or one `tangent` and one `reverse`; or one `steepest` and one `turn`.
+    What a pass gives is a buffer that the next pass of its kind writes over.
     """
 
     def __init__(self, activations: Sequence[Activation | None], linears: Sequence[nn.Linear]) -> None:
@@ -87,6 +87,11 @@ class Chain:
         """Whether there is one output and no activation bends, so that `turn` can be used."""
         bends = any(a is not None and (a.unknown or a.curvature is not None) for a, _ in self._layers)
         return self.heads == 1 and not bends
+
+    @property
+    def short(self) -> bool:
+        """Whether `turn` needs no more of `steepest` than its result, so that this may be kept instead."""
+        return self.straight and len(self._layers) <= 2
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -134,18 +139,18 @@ class Chain:
         self._kept.append((u, a))
         return a
 
-    def backward(self, slope: Tensor) -> Tensor:
-        """Slope by the output `[n, out]` → slope by the input `[n, in]`."""
+    def backward(self, slope: Tensor, out: Tensor | None = None) -> Tensor:
+        """Slope by the output `[n, out]` → slope by the input `[n, in]`, in `out` if that is given."""
         for i in reversed(range(len(self._layers))):
             activation = self._layers[i][0]
-            slope = self._back(i, slope, "backward")
+            slope = self._back(i, slope, "backward", None if i else out)
             if activation is not None:
                 activation.backward(slope, *self._kept[i])
         return slope
 
-    def _back(self, i: int, slope: Tensor, use: str) -> Tensor:
+    def _back(self, i: int, slope: Tensor, use: str, out: Tensor | None = None) -> Tensor:
         linear = self._layers[i][1]
-        out = self._buffer(i, use, len(slope), linear.in_features, slope)
+        out = self._buffer(i, use, len(slope), linear.in_features, slope) if out is None else out
         if linear.out_features == 1:
             return torch.mul(slope, linear.weight, out=out)
         return torch.mm(slope, linear.weight, out=out)
@@ -193,23 +198,32 @@ class Chain:
                 activation.backward(p, u, a)
         return q
 
-    def steepest(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The one output's derivative by the input of the last `forward`, `[n, in]`, and how the output moves as that moves
-        along `v` `[n, in]`, `[n, 1]`."""
-        by_input = self.backward(v.new_ones(len(v), 1))
-        each = torch.mul(by_input, v, out=self._buffer(0, "mixed", len(v), v.shape[1], v))
-        return by_input, each.sum(1, keepdim=True)
+    def steepest(self, out: Tensor | None = None) -> Tensor:
+        """The one output's derivative by the input of the last `forward`, `[n, in]`, in `out` if that is given."""
+        h = self._kept[0][0]
+        return self.backward(h.new_ones(len(h), 1), out)
+
+    def along(self, steepest: Tensor, v: Tensor) -> Tensor:
+        """`steepest` times `v` `[n, in]`, `[n, 1]`: how the output moves as the input moves along `v`."""
+        return self._times(steepest, v).sum(1, keepdim=True)
+
+    def scaled(self, steepest: Tensor, q: Tensor) -> Tensor:
+        """`steepest` times `q` `[n, 1]`: the derivative by the input of what has the derivative `q` by the output."""
+        return self._times(steepest, q)
+
+    def _times(self, left: Tensor, right: Tensor, i: int = 0) -> Tensor:
+        return torch.mul(left, right, out=self._buffer(i, "times", len(left), left.shape[1], left))
 
     def turn(self, q: Tensor, p: Tensor, v: Tensor, gradients: Sequence[Tensor | None]) -> None:
         """What `reverse(q, p, gradients)` adds to `gradients` after `tangent(v)`, for a chain that is `straight`, after
-        `steepest(v)`, with a product a layer; the derivative by the input is q times the steepest. `v` is written over."""
+        `steepest` (if it is not `short`), and the derivative by the input is q times that. `v` is written over."""
         given, last = iter(gradients), len(self._layers) - 1
         places = [(next(given), None if linear.bias is None else next(given)) for _, linear in self._layers]
         for i, (activation, linear) in enumerate(self._layers[: max(1, last)]):
             _, a = self._kept[i]
             if activation is not None:
                 activation.backward(v, a, a)
-            mixed = torch.mul(a, q, out=self._buffer(i, "mixed", len(a), a.shape[1], a)).addcmul_(v, p)
+            mixed = self._times(a, q, i).addcmul_(v, p)
             weight, bias = places[i]
             if i == last:  # the only layer
                 _add(weight, mixed.sum(0))

@@ -219,13 +219,17 @@ class _Slopes(torch.autograd.Function):
         ctx.closed, ctx.losses = closed, losses
         ctx.save_for_backward(extra, y, weight, own, *given)
         ctx.kept = kept = _room(closed, own, any(ctx.needs_input_grad))
+        ctx.steepest = steepest = own.new_empty(len(y), own.shape[1]) if kept and closed.chain.short else None
         sums, slopes = torch.zeros_like(own), torch.empty_like(y)
         for piece, hidden in closed.hidden(own, given[: len(closed._read)]):
             rows = piece.rows
             logits = closed.chain.forward(hidden, [out[rows] for out in kept] or None)
             logits += extra[rows] if extra.dim() else extra
             slopes[rows] = slope = losses.slope(logits, y[rows], weight[rows])
-            sums[piece.tasks] += piece.segments.sum(closed.chain.backward(slope))
+            if steepest is None:
+                sums[piece.tasks] += piece.segments.sum(closed.chain.backward(slope))
+            else:
+                sums[piece.tasks] += piece.segments.weighted(closed.chain.steepest(steepest[rows]), slope)
         return sums, slopes
 
     @staticmethod
@@ -244,7 +248,8 @@ class _Slopes(torch.autograd.Function):
                 logits = chain.forward(hidden).add_(extra[rows] if extra.dim() else extra)
             moves, steepest = piece.segments.rows(v[piece.tasks]), None
             if chain.straight:
-                steepest, along = chain.steepest(moves)
+                steepest = chain.steepest() if ctx.steepest is None else ctx.steepest[rows]
+                along = chain.along(steepest, moves)
             else:
                 along = chain.tangent(moves)
             along = along + e[rows]
@@ -258,7 +263,7 @@ class _Slopes(torch.autograd.Function):
                 back = chain.reverse(q, slope, found[count:])
             else:
                 chain.turn(q, slope, moves, found[count:])
-                back = steepest.mul_(q)
+                back = chain.scaled(steepest, q)
             closed.scattered(piece, back, of_own, found[:count])
         return (
             None,

@@ -201,22 +201,28 @@ class MetaModel(nn.Module):
         solver, factor = self._solver_of(task), None
         half_life = cast(HalfLife, self.half_lives[task]) if task in self.half_lives else None
         with _twice_differentiable(), between_blocks(precision_of_blocks(self.device)):
-            cold = self.cold(data, task, tasks) if before is None else before.mean
             if not len(support) or solver.steps == 0:
                 if before is not None:
                     return before
+                cold = self.cold(data, task, tasks)
                 return cold, solver.prior_factor(cold) if isinstance(solver, NewtonSolver) else None
             held = self.held_cold(data, task)
             problem = self.scored(data, task, tasks, support, held, half_life)
             if task not in self._read_by_global:
-                problem.refuse_unread(cold, task)
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # as if never asked
+                    problem.refuse_unread(self.cold(data, task, tasks) if before is None else before.mean, task)
                 self._read_by_global.add(task)
+            moves = problem.weight > 0
             if isinstance(solver, NewtonSolver):
+                cold = self.cold(data, task, tasks) if before is None else before.mean
                 z, factor = solver(problem, cold, before)
             else:
                 features = self.features_of(data, task, tasks)
                 z = solver(self.engine(task, features), features, problem)
-        return torch.where((problem.weight > 0)[:, None], z, cold), factor
+                if bool(moves.all()):  # no task stays at its cold embedding
+                    return z, None
+                cold = self.cold(data, task, tasks)
+        return torch.where(moves[:, None], z, cold), factor
 
     def scored(
         self,

@@ -37,6 +37,10 @@ class Segments:
             return values.new_zeros(self.count).index_add(0, self.owner, values)
         return self._spread.sums(values)
 
+    def weighted(self, values: Tensor, weight: Tensor) -> Tensor:
+        """`sum` of `values` `[n, width]` times `weight` `[n, 1]`, which is not multiplied out; without gradients."""
+        return self._spread.weighted(values, weight[:, 0].contiguous())
+
     def _layout(self) -> tuple[Tensor, Tensor, int]:
         """Slot of each row in the tiles, owner of each tile, number of tiles."""
         if self._tiles is None:

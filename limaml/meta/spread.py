@@ -51,6 +51,11 @@ class Spread:
         """`[n, …]` → `[entries, …]`: what `rows` takes apart, added up."""
         return self._apply(_Sums, self._sums, rows, self.entries)
 
+    def weighted(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """`sums` of rows `[n, width]` times their weights `[n]`, without gradients; for an index with `begin`."""
+        index, begin = self._back
+        return summed(rows, index, begin, weight) if len(rows) else rows.new_zeros(self.entries, rows.shape[1])
+
     def _apply(self, function: type[_Linear], plain: Callable[[Tensor], Tensor], values: Tensor, count: int) -> Tensor:
         flat = values.reshape(len(values), values.shape[1:].numel())
         if not torch.is_grad_enabled():  # a Function's call is as long as a small sum takes
@@ -69,9 +74,9 @@ class Spread:
         return summed(rows.contiguous(), *self._back)
 
 
-def summed(table: Tensor, index: Tensor, begin: Tensor) -> Tensor:
-    """`table[index]`, summed over what lies between one entry of `begin` and the next."""
-    found: Tensor = torch.embedding_bag(table.detach(), index, begin)[0]  # mode 0: sum
+def summed(table: Tensor, index: Tensor, begin: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`table[index]`, summed over what lies between one entry of `begin` and the next, each times its `weight`."""
+    found: Tensor = torch.embedding_bag(table.detach(), index, begin, per_sample_weights=weight)[0]  # mode 0: sum
     return found
 
 

@@ -487,6 +487,10 @@ def model_of(case: Case, engine: str) -> MetaModel:
         layers = nn.Sequential(nn.Linear(4 + 1 + DIM * len(case.types), 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU())
         layers.extend([nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, heads)])
         shared = ConcatMLP({"ic": nn.Embedding(6, 4), "r": 1, **embeddings}, layers)
+    elif case.global_block == "short":  # of two layers behind the first: their slopes are kept
+        layers = nn.Sequential(nn.Linear(4 + 1 + DIM * len(case.types), 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU())
+        layers.append(nn.Linear(6, heads))
+        shared = ConcatMLP({"ic": nn.Embedding(6, 4), "r": 1, **embeddings}, layers)
     else:
         shared = PlainGlobal(case.types, heads)
     settings = Adaptation.model_validate(

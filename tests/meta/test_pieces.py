@@ -26,7 +26,7 @@ cases = st.builds(
     Case,
     sizes=st.lists(st.sampled_from([0, 1, 2, 7, 30]), min_size=1, max_size=5).filter(any),
     losses=st.sampled_from([("binary",), ("binary", "squared")]),
-    global_block=st.sampled_from(["interaction", "cross", "concat", "straight", "plain"]),
+    global_block=st.sampled_from(["interaction", "cross", "concat", "straight", "short", "plain"]),
     types=st.sampled_from([("user",), ("user", "item")]),
     missing=st.booleans(),
 )
@@ -134,9 +134,10 @@ def test_to_turn_is_to_take_a_tangent_and_reverse(kinds: list[tuple[bool, bool, 
     with torch.no_grad():
         chain.forward(h.clone())
         expected = chain.tangent(v.clone()).clone(), chain.reverse(q, p, truth).clone()
-        steepest, along = chain.steepest(v)
+        steepest = chain.steepest()
+        along = chain.along(steepest, v).clone()
         chain.turn(q, p, v.clone(), found)
-    assert_same([along, steepest * q], list(expected))
+    assert_same([along, chain.scaled(steepest, q)], list(expected))
     assert [g is None for g in found] == frozen
     assert_same([g for g in found if g is not None], [g for g in truth if g is not None])
 
