@@ -138,7 +138,7 @@ class CataloguedStore(ABC):
         """Bytes for so many embeddings of `value` bytes each."""
 
     @abstractmethod
-    def _begun(self, record: Record) -> None:
+    def _begun(self, record: Record, *, resumed: bool) -> None:
         """Prepare for values of a version whose record was just written, or is resumed."""
 
     @abstractmethod
@@ -256,7 +256,7 @@ class CataloguedStore(ABC):
             record = resumed or environment.write(
                 lambda txn: self._catalog.begin(txn, model, same, watermark, note, extra or {})
             )
-            self._begun(record)
+            self._begun(record, resumed=resumed is not None)
             if artifact is not None and not self.folders.is_kept(artifact):
                 self.remove_version(record)
                 raise StoreError(

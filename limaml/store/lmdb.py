@@ -479,7 +479,7 @@ class LmdbStore(CataloguedStore):
     def _estimated(self, number: int, value: int) -> int:
         return number * (8 + 8 + 2 + value + 16)
 
-    def _begun(self, record: Record) -> None:
+    def _begun(self, record: Record, *, resumed: bool) -> None:
         """Files that were written but not named before a publisher ended are no one's."""
         totals = self.used().read(lambda txn: self._catalog.totals(txn, record))
         named = {name for tally in totals.types.values() for name in tally.runs}

@@ -272,7 +272,9 @@ class RedisStore(CataloguedStore):
     def _estimated(self, number: int, value: int) -> int:
         return estimate_bytes(number, 1 + 16, value, self._values.buckets)
 
-    def _begun(self, record: Record) -> None:
+    def _begun(self, record: Record, *, resumed: bool) -> None:
+        if not resumed:  # a catalogue that lost its last writes gives a number again that has embeddings elsewhere
+            self._delete_values(record)
         self._values.begin(list(layouts_of(record).values()))
 
     def _delete_values(self, record: Record) -> None:

@@ -68,7 +68,8 @@ class Campaign:
         if name == "stream":
             source = self._broker or self.run / "events.jsonl"
             return ["stream", self.run, "--source", source, "--once", "--max-batch", 4, "--log", "text", *at]
-        return ["refresh", self.run, self.pieces[min(self.done, len(self.pieces) - 1)], *at]
+        last = (len(self.pieces) - 1) // 2 * 2  # of those that come by a file; again and again once all are in
+        return ["refresh", self.run, self.pieces[min(self.done, last)], *at]
 
     def whole(self, name: str) -> Ended:
         """An act from its beginning to its end, waiting for leases of the dead."""

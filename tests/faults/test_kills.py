@@ -27,7 +27,7 @@ def address_of(kind: str, run: Path) -> Iterator[str | Path]:
             return
         server = stack.enter_context(valkey()) if kind == "valkey" else stack.enter_context(cluster())[0]
         more = "&cluster=true" if kind == "cluster" else ""
-        yield f"redis://127.0.0.1:{server.port}?prefix=faults&lease=2&cache={run / 'cache'}{more}"
+        yield f"redis://127.0.0.1:{server.port}?prefix=faults&lease=2&timeout=20&cache={run / 'cache'}{more}"
 
 
 @pytest.mark.parametrize("kind", KILLS)

@@ -96,6 +96,8 @@ def cluster(nodes: int = 3, *, replicated: bool = False) -> Iterator[list[Valkey
             wait_until(
                 lambda: all(client.info("replication")["master_link_status"] == "up" for client in clients[nodes:])
             )
+        for client in clients:
+            client.close()  # whoever looks at the servers' lists of clients finds others' alone
         yield servers
 
 
