@@ -4,6 +4,7 @@
 # make lint    format, lint, types
 # make format  put the format right
 # make bench-engine  the engine against its peers, on one thread, about 10 minutes
+# make bench-serving   an online request, a refresh, a stream and the store, each beside its limit and its peers, about 20 minutes
 # make proto   compile gRPC's messages again, after a change of limaml/serving/protocol/*.proto
 # make clean   remove the environment and what was made
 # The environment is made once in .venv, and again only when pyproject.toml or constraints.txt change.
@@ -15,7 +16,7 @@ READY := .venv/.ready
 # One thread per process: the comparison and the tests run several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-faults lint format bench-engine proto clean
+.PHONY: help demo test test-faults lint format bench-engine bench-serving proto clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -52,6 +53,12 @@ bench-engine: $(READY)
 proto: $(READY)
 	cd limaml/serving/protocol && $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=messages.binpb \
 		open_inference.proto health.proto
+
+bench-serving: $(READY)
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.refresh
+	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.store
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache
