@@ -24,6 +24,47 @@ KEY_BYTES = 256
 
 _FIRST = 1024
 
+SLOT_BITS = 17
+"""Of the table of integers, 1 MiB and another for each column."""
+
+_SHIFT = np.uint64(64 - SLOT_BITS)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+class _Slots:
+    """Places of rows whose ids are all integers, found for many rows at once and without an object for each.
+
+    A row has one slot, which it may lose to another: this table answers rightly or not at all.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._ids = np.zeros((columns, 2**SLOT_BITS), np.int64)
+        self._place = np.full(2**SLOT_BITS, -1)
+
+    def find(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """The place of each row, −1 where it is not known."""
+        slot = self._slot(ids)
+        place = self._place[slot]
+        for kept, given in zip(self._ids, ids, strict=True):
+            place[kept[slot] != given] = -1
+        return place
+
+    def tell(self, ids: Sequence[NDArray[np.int64]], place: NDArray[np.int64]) -> None:
+        slot = self._slot(ids)
+        for kept, given in zip(self._ids, ids, strict=True):
+            kept[slot] = given  # of several rows in one slot the last stays, here and below
+        self._place[slot] = place
+
+    def clear(self) -> None:
+        self._place.fill(-1)
+
+    @staticmethod
+    def _slot(ids: Sequence[NDArray[np.int64]]) -> NDArray[np.uint64]:
+        mixed = ids[0].view(np.uint64) * _MIX
+        for more in ids[1:]:
+            mixed = (mixed ^ more.view(np.uint64)) * _MIX
+        return mixed >> _SHIFT
+
 
 class RowCache:
     """Parts `[…]` of the rows seen, by the values of `names`, in at most `limit` bytes; then it begins anew.
@@ -34,6 +75,7 @@ class RowCache:
     def __init__(self, names: Sequence[str], encode: Callable[[Mapping[str, Column]], Parts], limit: int) -> None:
         self.names, self._encode, self.limit = tuple(names), encode, limit
         self._place: dict[tuple[str, ...], dict[Hashable, int]] = {}
+        self._slots = _Slots(len(self.names))
         self._kept: Parts = ()
         self._used = self._capacity = 0
         self._row_bytes = 0
@@ -55,9 +97,12 @@ class RowCache:
             if rows * self._row_bytes > self.limit:
                 return self._past(asked)
             self._place.clear()
+            self._slots.clear()
             self._used = 0
-        places = [self._places(columns, count) for columns, count in asked]
-        index = places[0] if len(places) == 1 else np.concatenate(places)
+        if all(_is_integer(columns[name]) for columns, _ in asked for name in self.names):
+            index = self._places_of_integers(asked)
+        else:
+            index = np.concatenate([self._places(columns, count) for columns, count in asked])
         return gather_parts(self._kept, torch.from_numpy(index))
 
     def _past(self, asked: Sequence[tuple[Mapping[str, Column], int]]) -> Parts:
@@ -67,6 +112,18 @@ class RowCache:
             None if slot[0] is None else torch.cat([part for part in slot if part is not None])
             for slot in zip(*found, strict=True)
         )
+
+    def _places_of_integers(self, asked: Sequence[tuple[Mapping[str, Column], int]]) -> NDArray[np.int64]:
+        ids = [np.concatenate([_spread(columns[name], count) for columns, count in asked]) for name in self.names]
+        places = self._slots.find(ids)
+        unknown = np.flatnonzero(places < 0)
+        if len(unknown):
+            rest = [each[unknown] for each in ids]
+            columns = {name: Column.of_array(each) for name, each in zip(self.names, rest, strict=True)}
+            places[unknown] = self._places(columns, len(unknown))
+            self._slots.tell(rest, places[unknown])
+        self.hits += len(places) - len(unknown)
+        return places
 
     def _places(self, columns: Mapping[str, Column], rows: int) -> NDArray[np.int64]:
         given = [columns[name] for name in self.names]
@@ -102,3 +159,13 @@ class RowCache:
             if kept is not None and part is not None:
                 kept[self._used : self._used + count] = part
         self._used += count
+
+
+def _is_integer(column: Column) -> bool:
+    return column.array is not None and column.kind == "Int64"
+
+
+def _spread(column: Column, rows: int) -> NDArray[np.int64]:
+    array = column.array
+    assert array is not None
+    return (array if len(array) == rows else np.repeat(array, rows)).astype(np.int64, copy=False)

@@ -181,3 +181,20 @@ def test_a_full_cache_begins_anew_and_never_answers_wrongly(requests: list[list[
         assert none is None and first is not None and last is not None
         assert first[:, 0].tolist() == [2.0 * value for value in ids * 2]
         assert last.tolist() == [float(value) for value in ids * 2]
+
+
+def test_rows_of_several_integers_are_told_apart_however_many_there_are() -> None:
+    def encode(columns: Features) -> Parts:
+        return (torch.tensor([columns["a"].values, columns["b"].values]).T,)
+
+    cache, rng = RowCache(["a", "b"], encode, limit=2**30), np.random.default_rng(0)  # type: ignore[arg-type]
+    for size in (150_000, 1000, 150_000):  # more rows than the table of integers has slots
+        given = rng.integers(-300, 300, (2, size))
+        given[:, :2] = -(2**63), 2**63 - 1
+        columns = {"a": Column.of_array(given[0]), "b": Column.of_array(given[1])}
+        fixed = {"a": Column.of_array(np.array([7], np.int8)), "b": columns["b"]}
+        (found,) = cache.parts([(columns, size), (fixed, size)])
+        assert found is not None
+        np.testing.assert_array_equal(found[:size].numpy(), given.T)
+        np.testing.assert_array_equal(found[size:].numpy(), np.stack([np.full(size, 7), given[1]], 1))
+    assert cache.hits + cache.misses > cache.hits > 0 and cache.hits == 2 * 301_000
