@@ -16,7 +16,7 @@ import limaml
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    made = limaml.make_interactions(tasks=400, items=300, seed=0)
+    made = limaml.make_interactions(tasks=200, items=200, seed=0)
     frame = made.interactions
     cuts = [frame["timestamp"][int(share * frame.height)] for share in (0.8, 0.9)]
     past = frame.filter(pl.col("timestamp") < cuts[0])

@@ -63,9 +63,13 @@ class Windows:
         self._database = WindowDatabase(self.folder)
         self._layout = layout
         self._codec: RowCodec | None = None
-        found = self._database.state()
-        if found is not None and found.log == log.id:
-            self._layout = found.layout.with_room_for(layout)
+        try:
+            found = self._database.state()
+            if found is not None and found.log == log.id:
+                self._layout = found.layout.with_room_for(layout)
+        except BaseException:
+            self.close()
+            raise
 
     # --- following the log -------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from limaml.interactions.index import sort_order
 from limaml.interactions.keys import task_keys
 from limaml.interactions.log import InteractionLog
 from limaml.interactions.schema import Task
+from limaml.store import environment
 
 TYPES = {
     "user": pl.String, "item": pl.Int64, "time": pl.Int64, "click": pl.Int8, "tags": pl.List(pl.String), "x": pl.Float64
@@ -176,6 +177,7 @@ def test_longer_windows_and_more_task_types_are_made_from_the_log(tmp_path: Path
         assert windows.layout.keep == 2
     with pytest.raises(ConfigError, match="orders interactions by 'time' and another by 'when'"):
         Windows(tmp_path / "windows", log, Layout(layout.tasks, "when", 2))
+    assert str(tmp_path / "windows") not in environment._open  # what was refused is closed
 
 
 def test_windows_of_another_log_are_not_used(tmp_path: Path) -> None:
