@@ -182,22 +182,22 @@ def _split(
     for one in asked:
         rows = slice(row, row + one.rows)
         known = np.ones(one.rows, dtype=np.bool_)
-        own = {}
+        own = entries if len(asked) == 1 else {}
         for task, whole in entries.items():
-            first = place[task]
-            part = slice(first, first + len(one.tasks[task].keys))
+            named, first = one.tasks[task], place[task]
+            part = slice(first, first + len(named.keys))
             place[task] = part.stop
-            owner = whole.owner[rows] - first if first else whole.owner[rows]
-            own[task] = Entries(
-                whole.keys[part],
-                owner,
-                whole.found[part],
-                whole.count[part],
-                whole.event_time[part],
-                whole.z[part],
-                {name: values[part] for name, values in whole.table.items()},
-            )
-            known &= whole.found[part][owner.numpy()]
+            known &= whole.found[part][named.codes]
+            if len(asked) > 1:
+                own[task] = Entries(
+                    whole.keys[part],
+                    whole.owner[rows] - first if first else whole.owner[rows],
+                    whole.found[part],
+                    whole.count[part],
+                    whole.event_time[part],
+                    whole.z[part],
+                    {name: values[part] for name, values in whole.table.items()},
+                )
         answers.append(Answer(version, logits[rows], predictions[rows], known, one, own, down))
         row = rows.stop
     return answers

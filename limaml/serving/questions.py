@@ -15,7 +15,7 @@ from limaml.interactions.columns import nearest, show
 from limaml.serving.columns import Column
 from limaml.serving.scoring import Asked, Entries, Scorer
 from limaml.serving.tensors import InferTensor, Refused
-from limaml.types import ROW, FeatureKind
+from limaml.types import FeatureKind
 
 __all__ = [
     "SHADOWED",
@@ -104,7 +104,7 @@ def _kinds(scorer: Scorer, name: str, where: str) -> set[FeatureKind]:
 def _checked_numbers(
     data: NDArray[Any], scorer: Scorer, tensor: InferTensor, where: str, missing_allowed: bool
 ) -> NDArray[Any]:
-    if any(tensor.name in task.columns for task in scorer.schema.tasks):
+    if tensor.name in scorer.keys:
         raise Refused(400, f"{where} names tasks and is {tensor.datatype}; send BYTES or INT64.")
     finite = np.isfinite(data)
     if not finite.all():
@@ -121,8 +121,7 @@ def _checked_numbers(
 
 def refuse_negative(name: str, values: NDArray[Any], scorer: Scorer, where: str) -> None:
     """No id is negative: a negative one is a mistake of the caller's, such as a −1 for "none"."""
-    schema = scorer.schema
-    named = any(name in task.columns for task in schema.tasks) or name == schema.row
+    named = name in scorer.keys or name == scorer.schema.row
     if named and len(values) and int(values.min()) < 0 and not scorer.lookups.has_negative(name):
         place = int((values.reshape(-1) < 0).argmax())
         raise Refused(400, f"{where} is {values.reshape(-1)[place]} in element {place} (they count from 0); ids are not "
@@ -159,14 +158,11 @@ def rows_of(columns: Mapping[str, Column], limit: int) -> int:
 
 def refuse_partial(columns: Mapping[str, Column], scorer: Scorer) -> None:
     """A task's features come all together or not at all: with some of them alone, the rest would be guessed."""
-    elsewhere = {column for task in scorer.schema.tasks for column in task.columns}
-    elsewhere |= {lookup.feature.column for lookup in scorer.lookups.on(ROW)}
-    for task in scorer.schema.tasks:
-        own = {lookup.feature.column for lookup in scorer.lookups.on(task.name)} - elsewhere
+    for task, own in scorer.together.items():
         missing = sorted(own - columns.keys())
         if missing and len(missing) < len(own):
             raise Refused(
-                400, f"Features of '{task.name}' must be sent all or none (the store knows those of the tasks it knows); "
+                400, f"Features of '{task}' must be sent all or none (the store knows those of the tasks it knows); "
                 f"{', '.join(map(repr, missing))} are missing."
             )  # fmt: skip
 

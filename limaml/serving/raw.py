@@ -24,6 +24,8 @@ MOST_ELEMENTS = 2**32
 
 def check_shape(shape: Sequence[int], where: str) -> int:
     """Number of elements of a shape that a request gives; `Refused` if it is none."""
+    if len(shape) == 1 and 0 <= shape[0] <= MOST_ELEMENTS:  # as most are
+        return shape[0]
     if any(dimension < 0 for dimension in shape):
         raise Refused(400, f"{where} has shape {list(shape)[:8]}; every dimension must be at least 0.")
     if len(shape) > 8:

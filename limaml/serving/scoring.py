@@ -82,8 +82,10 @@ class Scorer:
             column: {feature.kind for feature in self.schema.features if feature.column == column}
             for column in [feature.column for feature in self.schema.features]
         }
-        self.columns = {column for task in self.schema.tasks for column in task.columns}
-        self.columns |= {feature.column for feature in self.schema.features}
+        self.keys = {column for task in self.schema.tasks for column in task.columns}
+        self.columns = self.keys | {feature.column for feature in self.schema.features}
+        elsewhere = self.keys | {lookup.feature.column for lookup in self.lookups.on(ROW)}
+        self.together = {task: own - elsewhere for task, own in self._own.items()}  # are sent all or none
         self.cut = isinstance(self.model.global_block, CutBlock)
         self.cache = RowCache([lookup.feature.column for lookup in self._ids], self._encode_ids, cache_bytes)
 
@@ -211,8 +213,9 @@ class Scorer:
             own = block.condition({embedding_name(task): z[task].to(self._device)})
             if one.table:
                 own = add_parts(own, block.encode(self._on_device(one.table)))
-            spread = gather_parts(own, one.owner.to(self._device))
-            parts = spread if parts is None else add_parts(parts, spread)
+            if parts is None or len(one.keys) > 1 or any(part is None for part in parts):
+                own = gather_parts(own, one.owner.to(self._device))
+            parts = own if parts is None else add_parts(parts, own)  # what is one task's is added to all rows
         assert parts is not None
         return block.score(parts)
 
