@@ -131,7 +131,14 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.identity.encode())]}
-        await self._send(message)
+        try:
+            await self._send(message)
+        except (
+            RuntimeError
+        ) as error:  # of uvloop: what came behind this request was so broken that the connection ended
+            if "is closed" not in str(error):
+                raise
+            raise Gone from None
 
     async def whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         headers.append((b"content-length", b"%d" % len(body)))
@@ -141,7 +148,10 @@ class _Answer:
     async def refuse(self, refusal: Refused) -> None:
         self.error = refusal.message
         if not self.status:
-            await self.whole(*refused_response(refusal))
+            try:
+                await self.whole(*refused_response(refusal))
+            except Gone:
+                self.status = 499
 
 
 def _identity(given: bytes | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ SHADOWED = "shadowed"
 
 LISTS = (FeatureKind.TOKENS, FeatureKind.SEQUENCE, FeatureKind.VECTOR)
 LIMIT = 2**63
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +137,14 @@ def _is_text(value: bytes) -> bool:
     return True
 
 
+def _is_encodable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def rows_of(columns: Mapping[str, Column], limit: int) -> int:
     """Number of rows that columns have together, each so many or one for all."""
     if not columns:
@@ -193,10 +202,16 @@ def _dtype_of(values: Sequence[Any], where: str) -> pl.DataType:
             raise Refused(400, f"{where} holds an integer of more than 64 bits; send it as text.")
         return pl.Int64() if types else pl.Null()
     if types <= {int, float}:
-        if not all(map(math.isfinite, values)):
-            raise Refused(400, f"{where} holds NaN or an infinity; send null where nothing is known.")
+        if not all(-LARGEST <= value <= LARGEST for value in values):  # an integer may be too large for any float
+            raise Refused(
+                400, f"{where} holds NaN, an infinity or a number beyond 64 bits; send null where nothing is known."
+            )
         return pl.Float64()
     if types == {str}:
+        if not all(value.isascii() or _is_encodable(value) for value in values):
+            raise Refused(
+                400, f"{where} holds half a surrogate pair (such as \\ud800), which is no text; send whole characters."
+            )
         return pl.String()
     if types == {bool}:
         return pl.Boolean()
