@@ -110,8 +110,8 @@ def measured(world: World, seconds: float, rounds: int) -> dict[str, Any]:
     return found
 
 
-def beside_mlflow(world: World, folder: Path, seconds: float) -> dict[str, Any]:
-    binary = mlflow_environment(folder / "mlflow")
+def beside_mlflow(world: World, folder: Path, environment: Path | None, seconds: float) -> dict[str, Any]:
+    binary = mlflow_environment(environment or folder / "mlflow")
     port = 18_000 + os.getpid() % 10_000
     command = mlflow_command(binary, folder / "mlflow-model", world.store, port)
     messages = [mlflow_message(a) for a in world.asked]
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--no-mlflow", action="store_true", help="leave the peer out, which needs an environment of its own"
     )
+    parser.add_argument("--mlflow", type=Path, help="where to keep MLflow's environment (default: made anew)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/serving.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/serving-benchmark.md")
     chosen = parser.parse_args()
@@ -210,7 +211,7 @@ def main() -> None:
             **measured(world, chosen.seconds, chosen.rounds),
         }
         if not chosen.no_mlflow:
-            results["mlflow"] = beside_mlflow(world, folder, chosen.seconds)
+            results["mlflow"] = beside_mlflow(world, folder, chosen.mlflow, chosen.seconds)
     chosen.out.write_text(json.dumps(results, indent=1) + "\n")
     chosen.page.write_text(page(results))
     print(page(results))
