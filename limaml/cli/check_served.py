@@ -21,7 +21,7 @@ def check_served_command(
     /,
     *,
     store: Annotated[str | None, Parameter(help="Path or URL of the store (default: the run folder's own).")] = None,
-    tolerance: Annotated[float, Parameter(help="Largest difference of a logit that is let through.")] = 1e-5,
+    tolerance: Annotated[float, Parameter(help="Largest difference of a score that is let through.")] = 1e-5,
 ) -> None:
     """Score recorded live requests again with the code that training uses, and compare.
 

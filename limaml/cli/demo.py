@@ -83,7 +83,7 @@ def _score_from_store(place: Workspace, prepared: Prepared, config: Config, comp
         with Predictor(store, MODEL_NAME) as predictor:
             scores = predictor.score(prepared.frame[rows].drop(features))  # the store knows the members' features
     (expected,) = [p for p in compared.predictions if (p.protocol, p.method, p.seed) == ("warm", KEPT, 0)]
-    difference = float(np.abs(scores.logits[:, 0] - expected.logit).max())
+    difference = float(np.abs(scores.predictions[:, 0] - expected.predicted).max())
     if not difference <= TOLERANCE:
         raise LimamlError(
             f"Scores out of the store differ from those of training by up to {difference:.2e}; {TOLERANCE} is allowed."

@@ -69,8 +69,10 @@ class _Version:
 def check_served(
     folder: Path, store: Store, *, build: Callable[[Encoder, Config], MetaModel] | None = None
 ) -> Agreement:
-    """Score the requests recorded in `folder` again, and compare the logits: absolute differences, one per row (the
-    largest over labels), infinite where one of the two is not finite. `build` makes blocks of your own (`load_model`)."""
+    """Score the requests recorded in `folder` again, and compare the scores: absolute differences, one per row (the
+    largest over labels), infinite where a logit is not finite. `build` makes blocks of your own (`load_model`).
+
+    Scores, not logits: float32 rounds the logits of a model with large weights by more than 1e-5 in either path."""
     found = Agreement()
     models: dict[str, TrainedModel] = {}
     versions: dict[tuple[str, str], _Version | None] = {}
@@ -86,9 +88,11 @@ def check_served(
                 continue
             logits, same = _again(served, version)
             found.refreshed += int((~same).sum())
-            with np.errstate(invalid="ignore"):
-                off = np.abs(logits[same].astype(np.float64) - served.logits[same]).max(1, initial=0.0)
-            found._take(served, np.nan_to_num(off, nan=np.inf, posinf=np.inf))
+            now, then = logits[same], served.logits[same]
+            predictions = version.trained.model.losses.predictions
+            off = (predictions(torch.from_numpy(now).double()) - predictions(torch.from_numpy(then).double())).abs()
+            finite = np.isfinite(now) & np.isfinite(then)
+            found._take(served, np.where(finite, off.numpy(), np.inf).max(1, initial=0.0))
     finally:
         for version in versions.values():
             if version is not None:
@@ -167,7 +171,7 @@ def agreement_lines(found: Agreement) -> list[str]:
     lines = [f"{found.requests:,} requests; {found.compared:,} of their rows were scored again."]
     if found.compared:
         told = ", ".join(f"p{percent:g} {found.percentile(percent):.1e}" for percent in (50, 99, 99.9))
-        lines.append(f"Largest difference of a logit {found.worst:.1e} ({found.worst_where}); {told}.")
+        lines.append(f"Largest difference of a score {found.worst:.1e} ({found.worst_where}); {told}.")
     if found.refreshed:
         lines.append(f"{found.refreshed:,} rows have an embedding that was refreshed since, and were not compared.")
     if found.gone:

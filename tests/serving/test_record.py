@@ -159,7 +159,8 @@ def test_serving_agrees_with_training_and_one_wrong_logit_is_found(tmp_path: Pat
         logits[17] += 1e-3
         wrong = Served("r2", 1, "model", right.version, {}, frame, logits, right.tasks)
         found = check_served(kept(tmp_path / "wrong", right, wrong), store)
-        assert abs(found.worst - 1e-3) < 1e-5 and found.worst_where == f"request r2, version {right.version}"
+        off = np.diff(1 / (1 + np.exp(-np.array([right.logits[17, 0], logits[17, 0]], np.float64))))[0]  # of the score
+        assert abs(found.worst - off) < 1e-5 < off and found.worst_where == f"request r2, version {right.version}"
         logits[3] = np.nan
         found = check_served(kept(tmp_path / "nan", Served("r3", 1, *[*[right.model, right.version], {}, frame, logits, right.tasks])), store)  # fmt: skip
         assert found.worst == float("inf")
