@@ -210,6 +210,7 @@ def main() -> None:
             "publish_seconds": world.publish_seconds,
             **measured(world, chosen.seconds, chosen.rounds),
         }
+        chosen.out.write_text(json.dumps(results, indent=1) + "\n")
         if not chosen.no_mlflow:
             results["mlflow"] = beside_mlflow(world, folder, chosen.mlflow, chosen.seconds)
     chosen.out.write_text(json.dumps(results, indent=1) + "\n")

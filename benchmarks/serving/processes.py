@@ -31,7 +31,8 @@ def _process(command: Sequence[str], core: int | None, stdout: int) -> Iterator[
         if core is not None:
             os.sched_setaffinity(0, {core})
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    path = f"{os.path.dirname(command[0])}{os.pathsep}{os.environ['PATH']}"  # noqa: PTH120  # MLflow starts uvicorn by name
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": path}
     process = subprocess.Popen(
         command,
         stdout=stdout,
