@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 
-from limaml.embeddings.factors import factor_type, pack_factors, unpack_factors
-from limaml.embeddings.features import feature_width, features_type, pack_features
+from limaml.embeddings.factors import factor_type, unpack_factors
 from limaml.embeddings.refresh import Refreshed
+from limaml.embeddings.upsert import check_made_by, upsert_found
 from limaml.errors import StoreError
 from limaml.meta.saved import TrainedModel
 from limaml.meta.uncertainty import Posterior
@@ -39,11 +38,7 @@ def update(
     """
     with store.read(name, version) as reader:
         described = store.describe(name, reader.version)
-        if described.artifact != trained.digest:
-            raise StoreError(
-                f"Version {described.id} of '{name}' was made by the model {described.artifact}, not by {trained.digest}: "
-                "update it with the model that made it, or publish a new version (limaml embed)."
-            )
+        check_made_by(described, trained, "update it")
         for task in trained.model.tasks:
             if factor_type(task) not in described.dims:
                 raise StoreError(
@@ -63,14 +58,17 @@ def update(
             newest = data.time[rows.rows[rows.offset[1:] - 1]].numpy()
             count = held.count + rows.size.numpy()
             revision = count, np.where(held.count > 0, np.maximum(newest, held.event_time), newest)
-            beside: dict[str, NDArray[np.float32]] = {}
-            if feature_width(trained.encoder.specs, task):
-                beside[features_type(task)] = pack_features(data.sides[task], trained.encoder.specs, task)
-            beside[factor_type(task)] = pack_factors(after.factor)
-            for kind, packed in beside.items():
-                store.upsert(name, described.id, kind, keys, packed, *revision)
-            vectors = after.mean.float().numpy()
-            done = store.upsert(name, described.id, task, keys, vectors, *revision, watermark=watermark)
+            done = upsert_found(
+                store,
+                described,
+                trained,
+                data,
+                task,
+                torch.arange(len(keys)),
+                *after,
+                revision=revision,
+                watermark=watermark,
+            )
             applied[task], stale[task] = done.applied, done.stale
     return Refreshed(described.id, applied, stale, watermark)
 

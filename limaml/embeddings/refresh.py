@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import polars as pl
 import torch
 
-from limaml.embeddings.upsert import upsert_adapted
-from limaml.errors import DataError, StoreError
+from limaml.embeddings.upsert import check_made_by, upsert_adapted
+from limaml.errors import DataError
 from limaml.meta.saved import TrainedModel
 from limaml.store.contract import Store
 
@@ -45,11 +45,7 @@ def refresh(
     `StoreError` if the version was made by another model, `DataError` if the times cannot be compared between tables.
     """
     served = store.describe(name, version)
-    if served.artifact != trained.digest:
-        raise StoreError(
-            f"Version {served.id} of '{name}' was made by the model {served.artifact}, not by {trained.digest}: "
-            "refresh with the model that made it, or publish a new version (limaml embed)."
-        )
+    check_made_by(served, trained, "refresh")
     data = trained.encoder.encode(history)
     if data.time_unit == "order":
         raise DataError(

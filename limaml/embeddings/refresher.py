@@ -214,7 +214,7 @@ class Refresher:
         data = trained.encoder.encode(self._side.join(held.frame, wanted))
         revision = held.count[there], held.newest[there]
         done = upsert_adapted(self._store, version, trained, data, task, keys, revision=revision, watermark=watermark)
-        return done.applied, done.stale, getattr(done, "forgotten", 0)
+        return done.applied, done.stale, done.forgotten
 
     # --- what is live ------------------------------------------------------------------------------------------------
 
