@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
-import torch
 
 from limaml.embeddings.upsert import check_made_by, upsert_adapted
 from limaml.errors import DataError
@@ -56,17 +55,12 @@ def refresh(
     applied, stale = {}, {}
     for task in trained.model.tasks:
         keys = list(dict.fromkeys(touched.get(task, ())))
-        place = {key: i for i, key in enumerate(data.ids[task])}
-        missing = [key for key in keys if key not in place]
+        known = set(data.ids[task])
+        missing = [key for key in keys if key not in known]
         if missing:
             raise DataError(f"The history has no row of the touched task {task}:{missing[0]} ({len(missing)} in all).")
         if not keys:
             continue
-        least = torch.full((data.count(task),), torch.iinfo(torch.int64).min)
-        last = least.scatter_reduce(0, data.index[task], data.time, "amax")
-        entries = [place[key] for key in keys]
-        count = torch.bincount(data.index[task], minlength=data.count(task))[entries]
-        revision = count.numpy(), last[entries].numpy()
-        done = upsert_adapted(store, served, trained, data, task, keys, revision=revision, watermark=watermark)
+        done = upsert_adapted(store, served, trained, data, task, keys, watermark=watermark)
         applied[task], stale[task] = done.applied, done.stale
     return Refreshed(served.id, applied, stale, watermark)

@@ -12,6 +12,7 @@ from torch import Tensor
 from limaml.embeddings.factors import factor_type, pack_factors
 from limaml.embeddings.features import feature_width, features_type, pack_features
 from limaml.embeddings.generate import generate
+from limaml.embeddings.publish import revisions
 from limaml.errors import StoreError
 from limaml.meta.saved import TrainedModel
 from limaml.store.contract import Store, Upserted, Version
@@ -29,19 +30,21 @@ def upsert_adapted(
     task: str,
     keys: Sequence[str],
     *,
-    revision: tuple[NDArray[np.int64], NDArray[np.int64]],
+    revision: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     watermark: int | None = None,
 ) -> Upserted:
     """Adapt the tasks `keys` on all their rows in `data`, and upsert embeddings, features and factors into `version`.
 
-    `revision` is the number of interactions and the time of the newest `[keys]`. The version is given what it was published
-    with: factors only if it has them. Whoever sees the new embedding sees the new features as well, as they come first.
+    `revision` is the number of interactions and the time of the newest `[keys]`, by default those in `data`. The version is
+    given what it was published with: factors only if it has them. Whoever sees the new embedding sees the new features as
+    well, as they come first.
     """
     entry = {key: i for i, key in enumerate(data.ids[task])}
     tasks = torch.tensor([entry[key] for key in keys], dtype=torch.int64)
     among = TaskRows.of(data.index[task], data.count(task))
     generated = generate(trained.model, data, task, among, tasks, uncertainty=factor_type(task) in version.dims)
     found = generated.vectors, generated.factors
+    revision = revisions(generated) if revision is None else revision
     return upsert_found(store, version, trained, data, task, tasks, *found, revision=revision, watermark=watermark)
 
 
