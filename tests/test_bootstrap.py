@@ -162,11 +162,35 @@ def test_rows_of_a_task_stay_together() -> None:
     assert found.high - found.low == pytest.approx(expected, rel=0.1)
 
 
+def test_p_values_are_rarely_small_by_chance_and_always_where_one_method_is_better() -> None:
+    """Under no difference a p-value below 0.1 comes about once in ten worlds; with one it is as small as can be."""
+
+    def p_value(world: int, skill: float, replicates: int = 99) -> float:
+        items = [random_predictions(world, method="one", skill=1.0, tasks=60, rows=600, decimals=6)]
+        rng = np.random.default_rng((world, 1))
+        logit = skill * items[0].label + rng.normal(size=600)
+        items.append(dataclasses.replace(items[0], method="two", logit=logit))
+        return bootstrap(items, replicates=replicates, buckets=(), metrics=["log_loss"]).p_value(
+            "two", "one", "all", "log_loss"
+        )
+
+    by_chance = [p_value(world, 1.0) for world in range(100)]
+    assert 0.02 < np.mean(np.array(by_chance) < 0.1) < 0.2
+    assert 0.35 < np.mean(by_chance) < 0.65
+    assert p_value(0, 6.0) == pytest.approx(2 / 100)
+    one = random_predictions(method="one")
+    assert (
+        bootstrap([one, dataclasses.replace(one, method="two")], replicates=20).p_value("two", "one", "all", "auc") == 1
+    )
+
+
 def test_too_few_tasks_have_no_interval() -> None:
     few = random_predictions(tasks=MIN_TASKS - 1, rows=200)
     enough = random_predictions(tasks=MIN_TASKS, rows=200)
     assert math.isnan(bootstrap([few], replicates=50).interval("m", "all", "auc").low)
     assert bootstrap([enough], replicates=50).interval("m", "all", "auc").low < 1
+    pair = [few, dataclasses.replace(few, method="n")]
+    assert math.isnan(bootstrap(pair, replicates=50).p_value("n", "m", "all", "auc"))
     nothing = Predictions("d", "warm", 0, "m", [], [], [], [])
     assert math.isnan(bootstrap([nothing], replicates=5).interval("m", "all", "auc").value)
 

@@ -85,6 +85,22 @@ class Replicates:
         other = self.methods.index(baseline)
         return self._summarise(self.values[:, m, b, k] - self.values[:, other, b, k], b, k)
 
+    def p_value(self, method: str, baseline: str, bucket: str, metric: str) -> float:
+        """Two-sided p-value of no difference, from where zero lies among the replicates of `difference`; NaN without an interval.
+
+        Twice the share of the replicates on the rarer side of zero, the sample itself counted on it, at most 1. It is never
+        below 2 / (replicates + 1), so that a correction for many comparisons needs many replicates.
+        """
+        m, b, k = self._position(method, bucket, metric)
+        per_seed = self.values[:, m, b, k] - self.values[:, self.methods.index(baseline), b, k]
+        found = self._summarise(per_seed, b, k)
+        if np.isnan(found.low):
+            return float("nan")
+        mean = per_seed[~np.isnan(per_seed[:, 0])].mean(axis=0)[1:]
+        draws = mean[~np.isnan(mean)]
+        rarer = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+        return min(1.0, 2 * (rarer + 1) / (len(draws) + 1))
+
     def _position(self, method: str, bucket: str, metric: str) -> tuple[int, int, int]:
         return self.methods.index(method), self.buckets.index(bucket), self.metrics.index(metric)
 

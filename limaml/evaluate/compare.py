@@ -25,7 +25,7 @@ from limaml.config import CompareConfig, Config, parse_config
 from limaml.errors import DataError
 from limaml.evaluate.embedding_map import EmbeddingMap
 from limaml.evaluate.figures import Curve
-from limaml.evaluate.methods import Problem, check_methods, config_of, fit_method
+from limaml.evaluate.methods import Fitted, Problem, check_methods, config_of, fit_method
 from limaml.evaluate.predictions import Predictions
 from limaml.interactions import Encoder, Schema, index_interactions
 from limaml.meta.outer import Progress
@@ -33,7 +33,7 @@ from limaml.meta.saved import save_model
 from limaml.tasks import Split, TaskRows, check_no_leak, split_by_new_tasks, split_by_task_order
 from limaml.types import Interactions, LossKind, Rows
 
-__all__ = ["Compared", "Job", "JobProgress", "compare"]
+__all__ = ["Compared", "Job", "JobProgress", "compare", "predictions_of", "split_rows", "train_job"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Answer:
     embedding_map: EmbeddingMap | None = None
 
 
-def _split(data: Interactions, task: str, protocol: str, seed: int, settings: CompareConfig) -> Split:
+def split_rows(data: Interactions, task: str, protocol: str, seed: int, settings: CompareConfig) -> Split:
+    """Training and test rows of a protocol."""
     if protocol == "warm":
         return split_by_task_order(data, task, share=settings.test_share)
     return split_by_new_tasks(data, task, seed=seed, share=settings.test_share)
@@ -110,7 +111,7 @@ def _problem(path: str, schema: str, protocol: str, seed: int, config: str) -> t
     frame, parsed, plain = _load(path, schema)
     settings = CompareConfig.model_validate_json(config)
     task = parsed.tasks[0].name
-    split = _split(plain, task, protocol, seed, settings)
+    split = split_rows(plain, task, protocol, seed, settings)
     if not bool(split.test.any()) or not bool(split.train.any()):
         raise DataError(
             f"Protocol '{protocol}' leaves no rows to {'judge' if bool(split.train.any()) else 'train'} on: there are "
@@ -127,13 +128,24 @@ def _problem(path: str, schema: str, protocol: str, seed: int, config: str) -> t
     return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split), encoder
 
 
-def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: Callable[[Progress], None]) -> Answer:
+def train_job(
+    job: Job, path: str, schema: str, config: str, progress: Callable[[Progress], None] | None = None
+) -> tuple[Fitted, Problem, Encoder]:
+    """Train one job in this process. The rows of a (protocol, seed) are read, split and encoded once per process.
+
+    `path` names a Parquet file; `schema` and `config` are a `Schema` and a `Config` as JSON.
+    """
     settings = parse_config(json.loads(config))
     problem, encoder = _problem(path, schema, job.protocol, job.seed, settings.compare.model_dump_json())
     if job.epochs is None:
         held = _validation(problem.data, problem.tasks[0], problem.split, job.seed, settings.compare)
         problem = replace(problem, validation=held)
     fitted = fit_method(job.method, problem, settings, seed=job.seed, epochs=job.epochs, progress=progress)
+    return fitted, problem, encoder
+
+
+def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: Callable[[Progress], None]) -> Answer:
+    fitted, problem, encoder = train_job(job, path, schema, config, progress)
     epochs = fitted.history.epochs
     valid = [epoch.valid_loss for epoch in epochs]
     curve = Curve(
@@ -153,21 +165,22 @@ def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: 
             job.keep,
             fitted.model,
             encoder,
-            config_of(job.method, settings),
+            config_of(job.method, parse_config(json.loads(config))),
             {"protocol": job.protocol, "seed": job.seed, "epochs": job.epochs, "train_loss": epochs[-1].train_loss},
         )
     return Answer(
         job,
         job.epochs,
-        tuple(_predictions(job, dataset, problem, fitted.rows, fitted.outputs, encoder)),
+        tuple(predictions_of(job, dataset, problem, fitted.rows, fitted.outputs, encoder)),
         curve,
         _map(job, problem, fitted.embeddings) if job.keep is not None else None,
     )
 
 
-def _predictions(
+def predictions_of(
     job: Job, dataset: str, problem: Problem, rows: torch.Tensor, outputs: torch.Tensor, encoder: Encoder
 ) -> list[Predictions]:
+    """`outputs` `[n, heads]` for the rows `[n]`, as one `Predictions` per label; rows without the label are left out."""
     data, task = problem.data, problem.tasks[0]
     support = TaskRows.of(data.index[task], data.count(task), problem.split.support).size
     owner = data.index[task][rows]
@@ -337,7 +350,7 @@ def _notes(table: Path, schema: Schema, settings: CompareConfig, best: Mapping[t
     task = schema.tasks[0].name
     notes = []
     for protocol in settings.protocols:
-        split = _split(data, task, protocol, 0, settings)
+        split = split_rows(data, task, protocol, 0, settings)
         what = (
             f"each task's last {settings.test_share:.0%} of rows is the test"
             if protocol == "warm"

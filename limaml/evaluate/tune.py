@@ -26,7 +26,7 @@ from limaml.evaluate.methods import METHODS, check_methods
 from limaml.interactions import Schema
 from limaml.interactions.digest import content_digest
 
-__all__ = ["SPACE", "Trial", "Tuned", "tune"]
+__all__ = ["SPACE", "Trial", "Tuned", "propose", "tune", "with_settings"]
 
 _COMMON: dict[str, tuple[Any, ...]] = {
     "train.lr": ("log", 0.002, 0.01),
@@ -99,27 +99,11 @@ def tune(
     cannot be compared.
     """
     optuna = require("optuna", "tune")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_methods(config.compare.methods)
     methods = config.compare.methods
-    problem = _fingerprint(table, schema, config)
-    finished = [trial for trial in _read(record, problem) if trial.method in methods]
-    studies: dict[str, Any] = {}
-    for method in methods:
-        before = sum(trial.method == method for trial in finished)  # else a resumed search would draw the same again
-        sampler = optuna.samplers.TPESampler(
-            seed=seed + 1000 * before, n_startup_trials=max(4, trials // 3), multivariate=False, constant_liar=True
-        )
-        studies[method] = optuna.create_study(sampler=sampler)
-        for trial in finished:
-            if trial.method == method and trial.settings and trial.loss is not None:
-                studies[method].add_trial(
-                    optuna.trial.create_trial(
-                        params=dict(trial.settings),
-                        distributions={name: _distribution(optuna, SPACE[method][name]) for name in trial.settings},
-                        value=trial.loss,
-                    )
-                )
+    problems = _fingerprints(table, schema, config, methods)
+    finished = [trial for trial in _read(record, problems) if trial.method in methods]
+    studies = {method: _study(method, finished, trials, seed) for method in methods}
     left = {method: trials - sum(trial.method == method for trial in finished) for method in methods}
     total = sum(max(0, count) for count in left.values())
     done = 0
@@ -138,7 +122,7 @@ def tune(
                         fresh.remove(method)
                     else:
                         asked = studies[method].ask()
-                        settings = {name: _suggest(asked, name, kind) for name, kind in SPACE[method].items()}
+                        settings = _suggested(asked, method)
                     arguments = (str(table), schema.model_dump_json(), dataset, _text(config, method, settings))
                     pending[pool.submit(_try, method, settings, config.compare.protocols, arguments)] = (method, asked)
                 ready, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -149,7 +133,7 @@ def tune(
                         state = None if trial.loss is not None else optuna.trial.TrialState.FAIL
                         studies[method].tell(asked, trial.loss, state=state)
                     finished.append(trial)
-                    _append(record, trial, problem)
+                    _append(record, trial, problems[method])
                     done += 1
                     if progress is not None:
                         progress(done, total, trial)
@@ -157,6 +141,44 @@ def tune(
             pool.shutdown(cancel_futures=True, wait=False)
             raise
     return Tuned(_best_config(config, methods, finished), tuple(finished))
+
+
+def propose(method: str, earlier: Sequence[Trial], trials: int, seed: int = 0) -> dict[str, Any]:
+    """The settings to try next for a method, after `earlier` trials out of a budget of `trials`: empty for the first trial.
+
+    The same earlier trials always lead to the same proposal.
+    """
+    if not any(trial.method == method for trial in earlier):
+        return {}
+    return _suggested(_study(method, earlier, trials, seed).ask(), method)
+
+
+def _study(method: str, earlier: Sequence[Trial], trials: int, seed: int) -> Any:
+    """A study of one method that knows its `earlier` trials, those of other methods left out."""
+    optuna = require("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    own = [trial for trial in earlier if trial.method == method]
+    sampler = optuna.samplers.TPESampler(
+        seed=seed + 1000 * len(own),  # else a resumed search would draw the same again
+        n_startup_trials=max(4, trials // 3),
+        multivariate=False,
+        constant_liar=True,
+    )
+    study = optuna.create_study(sampler=sampler)
+    for trial in own:
+        if trial.settings and trial.loss is not None:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=dict(trial.settings),
+                    distributions={name: _distribution(optuna, SPACE[method][name]) for name in trial.settings},
+                    value=trial.loss,
+                )
+            )
+    return study
+
+
+def _suggested(asked: Any, method: str) -> dict[str, Any]:
+    return {name: _suggest(asked, name, kind) for name, kind in SPACE[method].items()}
 
 
 def _distribution(optuna: Any, kind: tuple[Any, ...]) -> Any:
@@ -171,7 +193,7 @@ def _suggest(trial: Any, name: str, kind: tuple[Any, ...]) -> Any:
     return trial.suggest_categorical(name, kind[1])
 
 
-def _with(config: Config, method: str, settings: Mapping[str, Any]) -> Config:
+def with_settings(config: Config, method: str, settings: Mapping[str, Any]) -> Config:
     """`config` with the settings as overrides of one method."""
     own = {name: dict(values) for name, values in config.methods.get(method, {}).items()}
     for name, value in settings.items():
@@ -182,7 +204,7 @@ def _with(config: Config, method: str, settings: Mapping[str, Any]) -> Config:
 
 
 def _text(config: Config, method: str, settings: Mapping[str, Any]) -> str:
-    return _with(config, method, settings).model_dump_json(exclude_unset=True)
+    return with_settings(config, method, settings).model_dump_json(exclude_unset=True)
 
 
 def _try(
@@ -204,19 +226,23 @@ def _best_config(config: Config, methods: Sequence[str], trials: Sequence[Trial]
     for method in methods:
         best = tuned.best(method)
         if best is not None:
-            config = _with(config, method, best.settings)
+            config = with_settings(config, method, best.settings)
     return config
 
 
-def _fingerprint(table: Path, schema: Schema, config: Config) -> str:
-    """A hash of all that a validation loss depends on beside the settings of a trial."""
+def _fingerprints(table: Path, schema: Schema, config: Config, methods: Sequence[str]) -> dict[str, str]:
+    """For each method a hash of all that its validation losses depend on beside the settings of a trial."""
     judged = config.compare.model_dump(mode="json", include={"protocols", "test_share", "validation_share"})
-    told: list[Any] = [SPACE, content_digest(pl.read_parquet(table)), schema.model_dump(mode="json"), judged]
-    told.append(config.model_dump(mode="json", exclude={"compare"}))
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    shared: list[Any] = [content_digest(pl.read_parquet(table)), schema.model_dump(mode="json"), judged]
+    shared.append(config.model_dump(mode="json", exclude={"compare"}))
+
+    def digest(method: str) -> str:
+        return hashlib.sha256(json.dumps([SPACE[method], *shared], sort_keys=True).encode()).hexdigest()[:16]
+
+    return {method: digest(method) for method in methods}
 
 
-def _read(record: Path, problem: str) -> list[Trial]:
+def _read(record: Path, problems: Mapping[str, str]) -> list[Trial]:
     if not record.exists():
         return []
     found = []
@@ -227,7 +253,7 @@ def _read(record: Path, problem: str) -> list[Trial]:
             trial = Trial(**values)
         except (json.JSONDecodeError, TypeError, AttributeError):
             continue  # the line that was being written when the search was killed
-        if of != problem:
+        if of != problems.get(trial.method, of):
             raise ConfigError(
                 f"{record} holds trials on other rows, with other features or from another config, so their losses cannot "
                 "be compared with those of this search. Use another folder, or remove that file."
