@@ -33,7 +33,7 @@ from limaml.meta.saved import save_model
 from limaml.tasks import Split, TaskRows, check_no_leak, split_by_new_tasks, split_by_task_order
 from limaml.types import Interactions, LossKind, Rows
 
-__all__ = ["Compared", "Job", "JobProgress", "compare", "predictions_of", "split_rows", "train_job"]
+__all__ = ["Compared", "Job", "JobProgress", "compare", "job_problem", "predictions_of", "split_rows", "train_job"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,16 @@ def _problem(path: str, schema: str, protocol: str, seed: int, config: str) -> t
     return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split), encoder
 
 
+def job_problem(job: Job, path: str, schema: str, config: str) -> tuple[Problem, Encoder]:
+    """What a job trains on and is judged on: kept from one job to the next of the same (protocol, seed)."""
+    settings = parse_config(json.loads(config)).compare
+    problem, encoder = _problem(path, schema, job.protocol, job.seed, settings.model_dump_json())
+    if job.epochs is None:
+        held = _validation(problem.data, problem.tasks[0], problem.split, job.seed, settings)
+        problem = replace(problem, validation=held)
+    return problem, encoder
+
+
 def train_job(
     job: Job, path: str, schema: str, config: str, progress: Callable[[Progress], None] | None = None
 ) -> tuple[Fitted, Problem, Encoder]:
@@ -135,11 +145,8 @@ def train_job(
 
     `path` names a Parquet file; `schema` and `config` are a `Schema` and a `Config` as JSON.
     """
+    problem, encoder = job_problem(job, path, schema, config)
     settings = parse_config(json.loads(config))
-    problem, encoder = _problem(path, schema, job.protocol, job.seed, settings.compare.model_dump_json())
-    if job.epochs is None:
-        held = _validation(problem.data, problem.tasks[0], problem.split, job.seed, settings.compare)
-        problem = replace(problem, validation=held)
     fitted = fit_method(job.method, problem, settings, seed=job.seed, epochs=job.epochs, progress=progress)
     return fitted, problem, encoder
 

@@ -1,0 +1,89 @@
+"""`python -m benchmarks.evidence`: measure what is not measured yet, write the result files, and the page made of them.
+
+python -m benchmarks.evidence --data DIR            everything: hours; may be killed, and goes on
+python -m benchmarks.evidence --data DIR --quick    the same in small: about 20 minutes
+python -m benchmarks.evidence --page                only docs/results.md and README's table, from the result files
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.evidence.plan import Plan, Scale, goals_of
+from benchmarks.evidence.runner import run_plan
+from benchmarks.evidence.sets import PARTS, make_table, sets_in
+from benchmarks.evidence.units import Cache
+from limaml.errors import LimamlError
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = Scale(trials=1, seeds=2, ablation_seeds=1, ablation_sets=("ml-100k",), replicates=500)
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence", description="What the method is worth on real data sets."
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("LIMAML_DATA", "data")),
+        help="the folder with the sets' folders (default: $LIMAML_DATA, else ./data)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer members, seeds and trials; results go to runs/")
+    parser.add_argument("--sets", nargs="+", default=[], help="only these (default: all that are in --data)")
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
+    parser.add_argument("--seeds", type=int, help="seeds of the comparison")
+    parser.add_argument("--trials", type=int, help="settings tried per method and set, the defaults first")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
+    parser.add_argument("--hours", type=float, help="start nothing new after so many hours")
+    parser.add_argument("--out", type=Path, help="folder of the cache and the reports (default: runs/evidence)")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the result files (default: benchmarks/results/evidence)"
+    )
+    parser.add_argument("--no-results", action="store_true", help="measure only; write result files another time")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the result files")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    chosen = arguments()
+    out = chosen.out or ROOT / ("runs/evidence-quick" if chosen.quick else "runs/evidence")
+    results = chosen.results or (out / "results" if chosen.quick else ROOT / "benchmarks/results/evidence")
+    scale = QUICK if chosen.quick else Scale()
+    if chosen.seeds is not None:
+        scale = replace(scale, seeds=chosen.seeds)
+    if chosen.trials is not None:
+        scale = replace(scale, trials=chosen.trials)
+    if not chosen.page:
+        measure(chosen, scale, out, results)
+
+
+def measure(chosen: argparse.Namespace, scale: Scale, out: Path, results: Path) -> None:
+    tables = []
+    for which in sets_in(chosen.data, chosen.sets):
+        tables.append(make_table(which, chosen.data, which.members[chosen.quick], out / "tables"))
+        print(f"{which.title}: {tables[-1].rows:,} rows of {tables[-1].members:,} members", flush=True)
+    if not tables:
+        raise LimamlError(
+            f"There is no data set in {chosen.data}. Give the folder that holds their folders with --data, or set LIMAML_DATA."
+        )
+    cache = Cache(out / "cache")
+    print(f"{cache.load()} results are there already.", flush=True)
+    goals = goals_of(tables, scale, chosen.part, chosen.methods)
+    failed = run_plan(
+        Plan(goals), cache, workers=chosen.workers, hours=chosen.hours, tell=lambda text: print(text, flush=True)
+    )
+    for name, fault in failed.items():
+        print(f"Failed: {name}: {fault}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LimamlError as error:
+        sys.exit(str(error))
