@@ -34,6 +34,7 @@ __all__ = [
     "Summary",
     "Verdict",
     "groups",
+    "strict",
     "summarise",
     "write_metrics",
 ]
@@ -151,7 +152,7 @@ class Summary:
     def as_json(self) -> dict[str, object]:
         """The content of `metrics.json`: strict JSON, so what is not a number is null."""
         rows = {
-            name: [_strict(asdict(entry)) for entry in getattr(self, name)]
+            name: [strict(asdict(entry)) for entry in getattr(self, name)]
             for name in ("runs", "deltas", "intervals", "calibration", "buckets")
         }
         bootstrap_settings = {"over": "tasks", "replicates": self.replicates, "seed": self.seed, "level": self.level}
@@ -343,9 +344,10 @@ def _bucket_sizes(items: Sequence[Predictions]) -> Iterator[BucketSize]:
         )
 
 
-def _strict(value: object) -> object:
+def strict(value: object) -> object:
+    """The value as strict JSON: what is not a number is null."""
     if isinstance(value, dict):
-        return {key: _strict(entry) for key, entry in value.items()}
+        return {key: strict(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(entry) for entry in value]
+        return [strict(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
