@@ -62,13 +62,15 @@ class KafkaSource:
 
     def open(self, positions: Mapping[str, int]) -> Sequence[str]:
         self.close()
-        self._down = None
         self._known = dict(positions)
         try:
             self._consumer = self._kafka.Consumer(self._settings)
         except self._kafka.KafkaException as error:
             raise ConfigError(f"The settings of {self._shown} are refused: {error.args[0].str()}.") from error
-        return self._assign(self._partitions())
+        partitions = self._partitions()
+        self._consumer.poll(0)  # what it met on the way to an answer is told now, and is over
+        self._down = None
+        return self._assign(partitions)
 
     def _partitions(self) -> list[int]:
         try:

@@ -178,7 +178,7 @@ class Worker:
                 return batch
             wait = _SLICE_S if deadline is None else min(_SLICE_S, deadline - now)
             before = len(batch.events)
-            for feed in feeds:
+            for feed in (feed for feed in feeds if feed.is_open):
                 self._fetch(feed, batch, self._pace.max_batch - before, wait / len(feeds))
                 if len(batch.events) > before:
                     deadline = deadline or time.monotonic() + self._pace.max_wait

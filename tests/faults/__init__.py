@@ -7,5 +7,6 @@
     world.py     members who click one after the other, and what must be known of each after any number of clicks
     raw.py       the bytes of a store, by their documentation alone
     checker.py   what must be there against what is there
+    wire.py      a line to a server, which is cut, goes dead and is mended
     bad.py       bad requests of all kinds, for HTTP and gRPC
 """

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from stream.brokers import broker
 
-from .checker import check
+from limaml.stream.dead_letters import DeadLetters
+
+from .checker import check, check_log
 from .conftest import FULL, reading
 from .processes import STOP, Nursery
 from .raw import read_lmdb
+from .test_brokers import events_of, rows_of
 from .test_kills import address_of
 from .world import World, counted
 
@@ -38,6 +43,33 @@ def test_duplicated_reordered_and_late_clicks_end_in_the_same_store(
     check(read_lmdb(run / "store"), world, least=everything, most=everything, promised="v000001")
     born.do("embed", run)
     check(read_lmdb(run / "store"), world, least=everything, most=everything, promised="v000002", settled=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "redis", "nats", "kafka"])
+def test_duplicated_reordered_late_and_early_events_end_in_the_same_store(
+    kind: str, world: World, run: Path, born: Nursery
+) -> None:
+    """Out of each source; an event that says it comes from the future is a dead letter, and in once it comes in its time."""
+    choose = random.Random(kind)
+    born.do("embed", run)
+    rows = list(range(len(world.later)))
+    events = events_of(world.later)
+    too_early = [json.dumps({**json.loads(events[row]), "timestamp": 2**33 + row}).encode() for row in rows[::40]]
+    with broker(kind) as server:
+        for part in range(3 if FULL else 2):
+            chosen = choose.sample(rows, len(rows) // 2) if part == 0 else choose.sample(rows, len(rows))
+            delivery = [events[row] for row in chosen + choose.choices(chosen, k=20)]
+            for event in too_early if part == 0 else ():
+                delivery.insert(choose.randrange(len(delivery)), event)
+            server.publish(delivery)
+            born.do("stream", run, "--source", server.address, "--once", "--max-batch", choose.randint(20, 90))
+        held = server.held()
+    refused = [letter.payload for letter in DeadLetters(run).list()]
+    assert sorted(refused) == sorted(too_early)
+    there = check_log(run / "log", world, rows_of(world, [event for event in held if event not in set(too_early)]))
+    everything = world.all
+    assert world.clicks(there) == everything
+    check(read_lmdb(run / "store"), world, least=everything, most=everything, promised="v000001", settled=True)
 
 
 @pytest.mark.parametrize("kind", ["lmdb", "valkey"])

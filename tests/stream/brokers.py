@@ -1,9 +1,10 @@
 """Real brokers on loopback, each with what a test does to it: Kafka's mock cluster inside librdkafka (a real broker as far as
-its protocol goes, without a disk), Valkey, and NATS. And a file."""
+its protocol goes; it has no disk, and keeps its messages while it is down), Valkey, and NATS. And a file."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +27,18 @@ STREAM = "clicks"
 
 
 class Broker(Protocol):
-    keeps: bool  # its messages outlive it
+    port: int
 
     @property
     def address(self) -> str: ...
 
-    def publish(self, payloads: Sequence[bytes]) -> None: ...
+    def publish(self, payloads: Sequence[bytes]) -> None:
+        """Returns once the broker has them; raises where it does not say so, and then it may have any of them."""
+        ...
+
+    def held(self) -> list[bytes]:
+        """All messages, in their order."""
+        ...
 
     def trim(self) -> bool:
         """Remove all messages as retention would; False where this broker cannot."""
@@ -41,27 +48,36 @@ class Broker(Protocol):
         """Messages up to the group's position, if all are in one partition."""
         ...
 
-    def kill(self) -> None: ...
+    def kill(self) -> None:
+        """At once, with all its connections. Its messages outlive it."""
+        ...
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Again, where it was, with what it held."""
+        ...
+
+    def close(self) -> None: ...
 
 
 _MOCK = """
-import sys
-from confluent_kafka import Producer
-producer = Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "mock", "logger": __import__("logging").getLogger("x")})
-print(",".join(f"{b.host}:{b.port}" for b in producer.list_topics(timeout=10).brokers.values()), flush=True)
-sys.stdin.read()
+import ctypes, sys
+from pathlib import Path
+import confluent_kafka
+(path,) = Path(confluent_kafka.__file__).parent.with_name("confluent_kafka.libs").glob("librdkafka-*.so*")
+library = ctypes.CDLL(str(path))
+for name in ("rd_kafka_conf_new", "rd_kafka_new", "rd_kafka_mock_cluster_new"):
+    getattr(library, name).restype = ctypes.c_void_p
+library.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
+handle = ctypes.c_void_p(library.rd_kafka_new(0, ctypes.c_void_p(library.rd_kafka_conf_new()), None, 0))
+cluster = ctypes.c_void_p(library.rd_kafka_mock_cluster_new(handle, 1))
+print(library.rd_kafka_mock_cluster_bootstraps(cluster).decode(), flush=True)
+for line in sys.stdin:
+    print(getattr(library, "rd_kafka_mock_broker_set_" + line.strip())(cluster, ctypes.c_int32(1)), flush=True)
 """
 
 
 class Kafka:
-    keeps = False
-
     def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _MOCK],
             stdin=subprocess.PIPE,
@@ -71,16 +87,37 @@ class Kafka:
         )
         assert self.process.stdout is not None
         self.servers = self.process.stdout.readline().strip()
-        self.producer: Any = confluent_kafka.Producer({"bootstrap.servers": self.servers})
+        if not self.servers:
+            self.close()
+            pytest.skip("this librdkafka has no mock cluster that can be spoken to")
+        self.port = int(self.servers.rpartition(":")[2])
+        quiet = logging.getLogger(__name__)
+        quiet.setLevel(logging.CRITICAL)
+        settings = {"bootstrap.servers": self.servers, "logger": quiet}
+        soon = {"reconnect.backoff.max.ms": 200, "socket.timeout.ms": 1000}
+        self.producer: Any = confluent_kafka.Producer({**settings, **soon})
+
+    def _tell(self, word: str) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "0\n", word
+
+    def kill(self) -> None:
+        self._tell("down")
+
+    def start(self) -> None:
+        self._tell("up")
 
     @property
     def address(self) -> str:
-        return f"kafka://{self.servers}/{STREAM}"
+        return f"kafka://{self.servers}/{STREAM}?timeout=2"
 
     def publish(self, payloads: Sequence[bytes]) -> None:
+        refused: list[Any] = []
         for payload in payloads:
-            self.producer.produce(STREAM, payload, partition=0)
-        assert self.producer.flush(20) == 0
+            self.producer.produce(STREAM, payload, partition=0, on_delivery=lambda error, _: refused.append(error))
+        assert self.producer.flush(60) == 0 and not any(refused), refused
 
     def trim(self) -> bool:
         return False
@@ -93,7 +130,20 @@ class Kafka:
         finally:
             consumer.close()
 
-    def kill(self) -> None:
+    def held(self) -> list[bytes]:
+        consumer = confluent_kafka.Consumer({"bootstrap.servers": self.servers, "group.id": "all"})
+        try:
+            everything = confluent_kafka.TopicPartition(STREAM, 0, 0)
+            end = consumer.get_watermark_offsets(everything, timeout=10)[1]
+            consumer.assign([everything])
+            found: list[bytes] = []
+            while len(found) < end:
+                found += [message.value() for message in consumer.consume(1000, 0.2) if message.error() is None]
+            return found
+        finally:
+            consumer.close()
+
+    def close(self) -> None:
         self.producer = None
         self.process.kill()
         self.process.wait()
@@ -103,10 +153,8 @@ class Kafka:
 
 
 class Redis:
-    keeps = True
-
     def __init__(self, server: Valkey) -> None:
-        self.server = server
+        self.server, self.port = server, server.port
         self.client = redis.Redis(port=server.port)
 
     @property
@@ -129,16 +177,20 @@ class Redis:
                 return self.client.xlen(STREAM) - found["lag"]
         return None
 
+    def held(self) -> list[bytes]:
+        return [fields[b"event"] for _, fields in self.client.xrange(STREAM)]
+
     def kill(self) -> None:
         self.server.kill()
 
     def start(self) -> None:
         self.server.start()
 
+    def close(self) -> None:
+        self.client.close()
+
 
 class Nats:
-    keeps = True
-
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.start()
@@ -199,16 +251,27 @@ class Nats:
 
         return int(self._do(work))
 
+    def held(self) -> list[bytes]:
+        async def work(client: Any) -> list[bytes]:
+            manager = client.jetstream()
+            state = (await manager.stream_info(STREAM)).state
+            numbers = range(state.first_seq, state.last_seq + 1) if state.messages else ()
+            return [(await manager.get_msg(STREAM, number)).data for number in numbers]
+
+        found: list[bytes] = self._do(work)
+        return found
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
 
+    def close(self) -> None:
+        self.kill()
+
 
 class File:
-    keeps = True
-
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.port = path, 0
         path.touch()
 
     @property
@@ -225,23 +288,27 @@ class File:
     def committed(self, group: str) -> int | None:
         return None
 
+    def held(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines()
+
     def kill(self) -> None:
         pytest.skip("a file has no server")
 
     start = kill
 
+    def close(self) -> None: ...
+
 
 @contextmanager
 def broker(kind: str) -> Iterator[Broker]:
     if kind == "redis":
-        with valkey() as server:
-            yield Redis(server)
+        with valkey() as server, closing(Redis(server)) as opened:
+            yield opened
         return
     folder = Path(tempfile.mkdtemp(prefix=f"{kind}-"))
     made: Any = Kafka() if kind == "kafka" else Nats(folder) if kind == "nats" else File(folder / "events.jsonl")
     try:
         yield made
     finally:
-        if kind != "file" and made.process.poll() is None:
-            made.kill()
+        made.close()
         shutil.rmtree(folder)

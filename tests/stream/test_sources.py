@@ -179,8 +179,6 @@ def test_a_server_that_is_gone_is_said_and_one_that_is_back_is_read(server: Brok
         server.kill()
         with pytest.raises(SourceDown, match=r"answer|connection"):
             fetch_until_it_fails(source)
-    if not server.keeps:
-        return
     server.start()
     with opened(server, {"0": events[1].position}) as source:
         assert said(drain(source, 2)) == payloads(2, 4)

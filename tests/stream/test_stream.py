@@ -90,16 +90,6 @@ def test_a_stream_ends_where_embedding_everything_anew_would(world: World, kind:
         holds(world, world.later.height)
 
 
-def test_duplicates_and_any_order_end_in_the_same(world: World) -> None:
-    events = world.payloads()
-    random.Random(3).shuffle(events)
-    with broker("redis") as server:
-        for start in range(0, len(events), 50):
-            server.publish(events[start : start + 50] + events[max(0, start - 20) : start + 10])
-        stream(world, "--source", server.address, "--once", "--max-batch", "64")
-    same(kept(world.run), regenerated(world.run, world.rows_after(world.later.height)))
-
-
 def test_several_sources_at_once(world: World) -> None:
     events = world.payloads()
     with broker("redis") as one, broker("file") as two:
