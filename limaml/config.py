@@ -16,7 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from limaml.errors import ConfigError
 
-__all__ = ["Adaptation", "CompareConfig", "Config", "ModelConfig", "TrainConfig", "load_config", "parse_config"]
+__all__ = [
+    "Adaptation",
+    "CompareConfig",
+    "Config",
+    "ImplicitConfig",
+    "ModelConfig",
+    "RivalConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+]
 
 
 class _Frozen(BaseModel):
@@ -114,6 +124,39 @@ class TrainConfig(_Frozen):
         return self.rows_per_batch or max(256, min(8192, rows // 32))
 
 
+class RivalConfig(_Frozen):
+    """The compared methods that are known from elsewhere (`limaml.evaluate.rivals`)."""
+
+    history: int = Field(default=50, ge=1, description="Most recent rows that history_mean and history_attention read.")
+    look_back: Literal["past", "cross_fit"] = Field(
+        default="past",
+        description="What a training row's history is drawn from: the task's rows before it, or those on the other side "
+        "of a coin that falls anew in each epoch. Rows without an order in time always take the latter.",
+    )
+    hidden: int = Field(default=32, ge=1, description="Hidden units of attention and of the set encoder.")
+    ids: bool = Field(default=False, description="A learned embedding of each task id beside the history.")
+    penalty: float | None = Field(
+        default=None, gt=0, description="Of random_effects; None: chosen on training rows that were held out."
+    )
+    steps: int = Field(default=8, ge=0, description="Most steps of fine_tuned; how many is chosen on held-out rows.")
+
+
+class ImplicitConfig(_Frozen):
+    """Implicit feedback: the table holds positives only, and all candidates are ranked for each member."""
+
+    negatives: int = Field(
+        default=0,
+        ge=0,
+        description="Negatives sampled for each positive; 0: the table has labels, and they are judged.",
+    )
+    sampling: Literal["uniform", "popularity"] = Field(default="uniform", description="How negatives are drawn.")
+    scores: int = Field(
+        default=8_000_000,
+        ge=1,
+        description="Most scores of one method: with more members than that, a sample is judged.",
+    )
+
+
 class CompareConfig(_Frozen):
     """What is compared, and how it is judged."""
 
@@ -123,14 +166,16 @@ class CompareConfig(_Frozen):
     test_share: float = Field(default=0.2, gt=0, lt=1)
     validation_share: float = Field(default=0.15, gt=0, lt=1)
     replicates: int = Field(default=500, ge=10, description="Bootstrap replicates.")
+    implicit: ImplicitConfig = ImplicitConfig()
 
 
 class Config(_Frozen):
-    """A whole run. `methods` holds overrides of `model`, `adapt` and `train` per compared method."""
+    """A whole run. `methods` holds overrides of `model`, `adapt`, `train` and `rival` per compared method."""
 
     model: ModelConfig = ModelConfig()
     adapt: Adaptation = Adaptation()
     train: TrainConfig = TrainConfig()
+    rival: RivalConfig = RivalConfig()
     compare: CompareConfig = CompareConfig()
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -138,9 +183,9 @@ class Config(_Frozen):
         """This config with the overrides of one method applied."""
         values = self.model_dump(exclude_unset=True)
         for section, changes in self.methods.get(method, {}).items():
-            if section not in ("model", "adapt", "train"):
+            if section not in ("model", "adapt", "train", "rival"):
                 raise ConfigError(
-                    f"methods.{method}.{section} is no section; a method may override model, adapt and train."
+                    f"methods.{method}.{section} is no section; a method may override model, adapt, train and rival."
                 )
             values[section] = {**values.get(section, {}), **changes}
         return parse_config({**values, "methods": {}})

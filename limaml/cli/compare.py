@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from limaml.cli.console import comparing, console, heading, say
 from limaml.cli.environment import command_line, environment
-from limaml.cli.options import DataOptions, read
+from limaml.cli.options import DataOptions, read, read_implicit
 from limaml.cli.tune import search
 from limaml.cli.workspace import Workspace
 from limaml.config import Config, load_config
-from limaml.errors import MissingExtra
+from limaml.errors import ConfigError, MissingExtra
 from limaml.evaluate.compare import Compared, compare
+from limaml.evaluate.ranking_summary import summarise_ranked
 from limaml.evaluate.report import write_report
 from limaml.evaluate.summary import Summary, summarise, write_metrics
 from limaml.evaluate.table import rich_table
 from limaml.interactions import Prepared
+from limaml.interactions.implicit import ORDER
 
 __all__ = ["compare_command", "publish_results", "run_comparison"]
+
+NEGATIVES = 4
 
 NO_TIME = (
     'There was no --time: "before" and "after" are those of a seeded shuffle, so these numbers do not say how well the '
@@ -44,6 +48,19 @@ def compare_command(
     name: Annotated[
         str | None, Parameter(help="Name of the data set in tables (default: the file's folder or name).")
     ] = None,
+    implicit: Annotated[
+        bool,
+        Parameter(
+            help="The table holds positives only (or --label says which they are): rank all candidates.", negative=()
+        ),
+    ] = False,
+    negatives: Annotated[
+        int | None, Parameter(help="With --implicit: negatives sampled for each positive (default 4).")
+    ] = None,
+    sampling: Annotated[
+        Literal["uniform", "popularity"] | None,
+        Parameter(help="With --implicit: how they are drawn (default uniform)."),
+    ] = None,
 ) -> None:
     """Compare the model with and without personalisation, and with wide-and-deep ids, on your own table.
 
@@ -53,12 +70,22 @@ def compare_command(
 
     `limaml compare ratings.parquet --task user_id --row item_id --time timestamp --label "rating >= 4" --out runs/look`
 
+    With `--implicit` the rows are what members chose, negatives are sampled to learn from, and each member's later choices
+    are looked for among all candidates: NDCG, recall and MRR in place of AUC and log loss.
+
     Next: `limaml train` with the same options trains the model to keep.
     """
     sets = [*overrides, *([] if seeds is None else [f"compare.seeds={seeds}"])]
+    if not implicit and (negatives is not None or sampling is not None):
+        raise ConfigError("--negatives and --sampling say how implicit feedback is learned from: give --implicit, too.")
+    sets += [] if negatives is None else [f"compare.implicit.negatives={negatives}"]
+    sets += [] if sampling is None else [f"compare.implicit.sampling={sampling}"]
     settings = load_config(config, sets)
+    if implicit and not settings.compare.implicit.negatives:
+        settings = load_config(config, [*sets, f"compare.implicit.negatives={NEGATIVES}"])
+    ranking = settings.compare.implicit.negatives > 0
     heading("Reading")
-    prepared = read(file, data)
+    prepared = read_implicit(file, data) if ranking else read(file, data)
     say(prepared.notes)
     dataset = name or (file.parent.name if file.stem == "interactions" and file.parent.name else file.stem)
     if tune:
@@ -84,6 +111,8 @@ def run_comparison(
     finally:
         table.unlink(missing_ok=True)
     say(compared.notes)
+    if config.compare.implicit.negatives:
+        return compared, summarise_ranked(compared.ranked, replicates=config.compare.replicates)
     return compared, summarise(compared.predictions, replicates=config.compare.replicates)
 
 
@@ -111,7 +140,7 @@ def publish_results(
         console.print(f"No report.html: {missing}", style="yellow", markup=False)
     heading("Results")
     console.print(rich_table(summary))
-    if prepared.schema.time is None:
+    if prepared.schema.time in (None, ORDER):
         console.print(NO_TIME, style="yellow")
     console.print()
     for path in written:

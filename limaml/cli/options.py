@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from limaml.errors import ConfigError
 from limaml.interactions import Prepared, Schema, prepare
+from limaml.interactions.implicit import prepare_implicit
 
-__all__ = ["DataOptions", "read"]
+__all__ = ["DataOptions", "read", "read_implicit"]
 
 
 @Parameter(name="*")
@@ -28,11 +29,11 @@ class DataOptions:
         ),
     ]
     label: Annotated[
-        list[str],
+        list[str] | None,
         Parameter(
             help="What to predict: a column, or a rule such as 'rating >= 4'. Repeat for several labels.", negative=()
         ),
-    ]
+    ] = None
     row: Annotated[str | None, Parameter(help="Column that names what is scored (item_id).")] = None
     time: Annotated[
         str | None,
@@ -56,6 +57,11 @@ class DataOptions:
 
 def read(file: Path, options: DataOptions) -> Prepared:
     """Read, join, explain, clean and check the table."""
+    if not options.label:
+        raise ConfigError(
+            "Say what to predict with --label: a column, or a rule such as --label 'rating >= 4'. (A table that holds nothing "
+            "but positives can be compared without one: limaml compare … --implicit.)"
+        )
     return prepare(
         file,
         task=options.task,
@@ -67,6 +73,29 @@ def read(file: Path, options: DataOptions) -> Prepared:
         weight=options.weight,
         exclude=options.exclude or (),
         schema=None if options.schema is None else _schema(options.schema, options),
+        max_tasks=options.max_tasks,
+        seed=options.data_seed,
+    )
+
+
+def read_implicit(file: Path, options: DataOptions) -> Prepared:
+    """Read the table as implicit feedback: its positives, joined and explained."""
+    if options.label is not None and len(options.label) > 1:
+        raise ConfigError("Implicit feedback has one label at most: the rule that says what a positive is.")
+    refused = {"--weight": options.weight, "--schema": options.schema}
+    if given := [name for name, value in refused.items() if value is not None]:
+        raise ConfigError(
+            f"{given[0]} does not go with --implicit: rows are chosen or not, and what describes them is found."
+        )
+    return prepare_implicit(
+        file,
+        task=options.task,
+        row=options.row,
+        time=options.time,
+        label=options.label[0] if options.label else None,
+        task_features=options.task_features,
+        row_features=options.row_features,
+        exclude=options.exclude or (),
         max_tasks=options.max_tasks,
         seed=options.data_seed,
     )

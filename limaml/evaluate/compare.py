@@ -27,6 +27,8 @@ from limaml.evaluate.embedding_map import EmbeddingMap
 from limaml.evaluate.figures import Curve
 from limaml.evaluate.methods import Fitted, Problem, check_methods, config_of, fit_method
 from limaml.evaluate.predictions import Predictions
+from limaml.evaluate.ranking import Ranked
+from limaml.evaluate.ranking_problem import Candidates, ranked_of, ranking_problem
 from limaml.interactions import Encoder, Schema, index_interactions
 from limaml.meta.outer import Progress
 from limaml.meta.saved import save_model
@@ -70,6 +72,7 @@ class Compared:
     epochs: Mapping[tuple[str, str], int]  # (protocol, method) → epochs trained
     notes: tuple[str, ...]
     embedding_map: EmbeddingMap | None = None
+    ranked: tuple[Ranked, ...] = ()  # of implicit feedback, in place of predictions
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Answer:
     predictions: tuple[Predictions, ...]
     curve: Curve
     embedding_map: EmbeddingMap | None = None
+    ranked: tuple[Ranked, ...] = ()
 
 
 def split_rows(data: Interactions, task: str, protocol: str, seed: int, settings: CompareConfig) -> Split:
@@ -106,11 +110,19 @@ def _load(path: str, schema: str) -> tuple[pl.DataFrame, Schema, Interactions]:
 
 
 @lru_cache(maxsize=3)
-def _problem(path: str, schema: str, protocol: str, seed: int, config: str) -> tuple[Problem, Encoder]:
+def _problem(
+    path: str, schema: str, protocol: str, seed: int, config: str
+) -> tuple[Problem, Encoder, Candidates | None]:
     """Rows, split and encoding of one (protocol, seed), kept between the jobs of a worker."""
     frame, parsed, plain = _load(path, schema)
     settings = CompareConfig.model_validate_json(config)
     task = parsed.tasks[0].name
+    if settings.implicit.negatives:
+
+        def divide(data: Interactions) -> Split:
+            return split_rows(data, task, protocol, seed, settings)
+
+        return ranking_problem(frame, parsed, divide, settings.implicit, seed)
     split = split_rows(plain, task, protocol, seed, settings)
     if not bool(split.test.any()) or not bool(split.train.any()):
         raise DataError(
@@ -125,13 +137,13 @@ def _problem(path: str, schema: str, protocol: str, seed: int, config: str) -> t
     order = torch.sort(owner, stable=True).indices
     check_no_leak(data, task, grouped.of_tasks(tasks), Rows(rows[order], owner[order]), tasks)
     losses = tuple(label.loss for label in parsed.labels)
-    return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split), encoder
+    return Problem(data, encoder.specs, losses, tuple(t.name for t in parsed.tasks), split), encoder, None
 
 
 def job_problem(job: Job, path: str, schema: str, config: str) -> tuple[Problem, Encoder]:
     """What a job trains on and is judged on: kept from one job to the next of the same (protocol, seed)."""
     settings = parse_config(json.loads(config)).compare
-    problem, encoder = _problem(path, schema, job.protocol, job.seed, settings.model_dump_json())
+    problem, encoder, _ = _problem(path, schema, job.protocol, job.seed, settings.model_dump_json())
     if job.epochs is None:
         held = _validation(problem.data, problem.tasks[0], problem.split, job.seed, settings)
         problem = replace(problem, validation=held)
@@ -175,13 +187,14 @@ def _run(job: Job, path: str, schema: str, dataset: str, config: str, progress: 
             config_of(job.method, parse_config(json.loads(config))),
             {"protocol": job.protocol, "seed": job.seed, "epochs": job.epochs, "train_loss": epochs[-1].train_loss},
         )
-    return Answer(
-        job,
-        job.epochs,
-        tuple(predictions_of(job, dataset, problem, fitted.rows, fitted.outputs, encoder)),
-        curve,
-        _map(job, problem, fitted.embeddings) if job.keep is not None else None,
-    )
+    settings = parse_config(json.loads(config)).compare
+    candidates = _problem(path, schema, job.protocol, job.seed, settings.model_dump_json())[2]
+    embedding_map = _map(job, problem, fitted.embeddings) if job.keep is not None else None
+    if candidates is not None:
+        ranked = ranked_of(dataset, job.protocol, job.seed, job.method, candidates, fitted.outputs)
+        return Answer(job, job.epochs, (), curve, embedding_map, (ranked,))
+    predictions = tuple(predictions_of(job, dataset, problem, fitted.rows, fitted.outputs, encoder))
+    return Answer(job, job.epochs, predictions, curve, embedding_map)
 
 
 def predictions_of(
@@ -321,6 +334,7 @@ def compare(
         best,
         tuple(_notes(table, schema, settings, best)),
         next((answer.embedding_map for answer in answers if answer.embedding_map is not None), None),
+        tuple(r for answer in answers for r in answer.ranked),
     )
 
 
@@ -375,4 +389,7 @@ def _notes(table: Path, schema: Schema, settings: CompareConfig, best: Mapping[t
             f"Protocol {protocol}: epochs found on validation rows of seed 0 ({settings.validation_share:.0%}, held out as "
             f"the test rows are), then every seed trained on all training rows: {epochs}."
         )
+        if settings.implicit.negatives:
+            candidates = _problem(str(table), schema.model_dump_json(), protocol, 0, settings.model_dump_json())[2]
+            notes += [f"Protocol {protocol}: {note}" for note in candidates.notes] if candidates is not None else []
     return notes

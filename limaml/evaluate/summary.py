@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from limaml.errors import ConfigError, DataError
 from limaml.evaluate.bootstrap import ALL, Interval, Replicates, bootstrap
 from limaml.evaluate.metrics import reliability
 from limaml.evaluate.predictions import QUARTILES, Predictions, check_comparable, quartiles, task_supports
+from limaml.evaluate.ranking import RANKING_METRICS
 from limaml.types import LossKind
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "Summary",
     "Verdict",
     "groups",
+    "pairs_of",
     "strict",
     "summarise",
+    "verdict_of",
     "write_metrics",
 ]
 
@@ -44,9 +47,10 @@ Verdict = Literal["better", "worse", "unclear"]
 BASELINES = ("base", "wide_and_deep")
 """What methods are compared with by default, the weakest first."""
 
-COMPARED: dict[LossKind, tuple[str, ...]] = {
+COMPARED: dict[str, tuple[str, ...]] = {
     LossKind.BINARY: ("auc", "gauc", "log_loss", "ne"),
     LossKind.SQUARED: ("rmse", "mae", "r2"),
+    "ranking": RANKING_METRICS,
 }
 """The metrics that differences are reported for; of the rest, more or less is not better or worse."""
 
@@ -144,7 +148,7 @@ class Summary:
     calibration: tuple[CalibrationCurve, ...]
     buckets: tuple[BucketSize, ...]
     baselines: tuple[str, ...]
-    losses: dict[str, LossKind]  # dataset → loss
+    losses: Mapping[str, str]  # dataset → loss, or "ranking" where candidates were ranked
     replicates: int
     seed: int
     level: float
@@ -187,7 +191,7 @@ class Summary:
 
     def pairs(self, dataset: str, protocol: str) -> list[tuple[str, str]]:
         """The (method, baseline) pairs that are compared in a group."""
-        return list(_pairs(self.methods(dataset, protocol), self.baselines))
+        return list(pairs_of(self.methods(dataset, protocol), self.baselines))
 
 
 def groups(predictions: Sequence[Predictions]) -> dict[tuple[str, str], list[Predictions]]:
@@ -243,7 +247,7 @@ def summarise(
                         MetricInterval(dataset, protocol, method, bucket, metric, found.value, found.low, found.high)
                     )
             curves.append(_calibration([p for p in items if p.method == method], bins))
-        for method, baseline in _pairs(draws.methods, baselines):
+        for method, baseline in pairs_of(draws.methods, baselines):
             for bucket in draws.buckets:
                 for metric in COMPARED[items[0].loss]:
                     found = draws.difference(method, baseline, bucket, metric)
@@ -258,7 +262,7 @@ def summarise(
                             found.value,
                             found.low,
                             found.high,
-                            _verdict(metric, found),
+                            verdict_of(metric, found),
                         )
                     )
         sizes += _bucket_sizes(items)
@@ -284,7 +288,8 @@ def write_metrics(summary: Summary, path: str | Path, notes: Sequence[str] = ())
     path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _pairs(methods: Sequence[str], baselines: Sequence[str]) -> Iterator[tuple[str, str]]:
+def pairs_of(methods: Sequence[str], baselines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The (method, baseline) pairs that are compared: a baseline only with the earlier ones."""
     for method in methods:
         earlier = baselines[: baselines.index(method)] if method in baselines else baselines
         for baseline in earlier:
@@ -292,7 +297,8 @@ def _pairs(methods: Sequence[str], baselines: Sequence[str]) -> Iterator[tuple[s
                 yield method, baseline
 
 
-def _verdict(metric: str, found: Interval) -> Verdict:
+def verdict_of(metric: str, found: Interval) -> Verdict:
+    """What a difference in `metric` means."""
     if not found.excludes_zero or min(abs(found.low), abs(found.high)) < _ROUNDING:
         return "unclear"
     return "better" if (found.value < 0) == (metric in LOWER_IS_BETTER) else "worse"

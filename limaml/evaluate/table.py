@@ -38,6 +38,13 @@ METRIC_NAMES = {
     "rmse": "RMSE",
     "mae": "MAE",
     "r2": "R²",
+    "ndcg_10": "NDCG@10",
+    "recall_10": "recall@10",
+    "ndcg_20": "NDCG@20",
+    "recall_20": "recall@20",
+    "ndcg_50": "NDCG@50",
+    "recall_50": "recall@50",
+    "mrr": "MRR",
 }
 
 _MARKS: dict[Verdict, str] = {"better": "✓", "worse": "✗", "unclear": " "}
