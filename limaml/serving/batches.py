@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from limaml.errors import DataError, ModelError, StoreError
 from limaml.serving.metrics import Metrics
-from limaml.serving.questions import Answer, Question
+from limaml.serving.questions import Answer, Question, Share
 from limaml.serving.scoring import Asked, Entries
 from limaml.serving.tensors import Refused
 from limaml.serving.thompson import Sampling, deviations, posteriors_of, sampled
@@ -100,8 +99,7 @@ class Batches:
         entries, down = self._look_up(loaded, asked)
         looked = time.perf_counter()
         logits = scorer.logits(asked, entries)
-        with torch.no_grad():
-            predictions = scorer.model.losses.predictions(logits).float().cpu().numpy()
+        predictions = scorer.predictions(logits).float().cpu().numpy()
         answers: list[Answer | Refused] = []
         answers += _split(loaded.version, logits.float().cpu().numpy(), predictions, asked, entries, down)
         for place, (one, answer) in enumerate(zip(batch, answers, strict=True)):
@@ -128,8 +126,7 @@ class Batches:
                 answer = replace(answer, deviations=sd)
             if sampling.sample:
                 logits = sampled(scorer, posteriors, asked, entries, sampling)
-                with torch.no_grad():
-                    predictions = scorer.model.losses.predictions(logits).float().cpu().numpy()
+                predictions = scorer.predictions(logits).float().cpu().numpy()
                 answer = replace(answer, logits=logits.float().cpu().numpy(), predictions=predictions, sampled=True)
         except Refused as refusal:
             return refusal
@@ -178,26 +175,11 @@ def _split(
     down: bool,
 ) -> list[Answer]:
     """Each request's share of a batch."""
-    answers, row, place = [], 0, dict.fromkeys(entries, 0)
+    answers, row, first = [], 0, [0] * len(entries)
     for one in asked:
-        rows = slice(row, row + one.rows)
-        known = np.ones(one.rows, dtype=np.bool_)
-        own = entries if len(asked) == 1 else {}
-        for task, whole in entries.items():
-            named, first = one.tasks[task], place[task]
-            part = slice(first, first + len(named.keys))
-            place[task] = part.stop
-            known &= whole.found[part][named.codes]
-            if len(asked) > 1:
-                own[task] = Entries(
-                    whole.keys[part],
-                    whole.owner[rows] - first if first else whole.owner[rows],
-                    whole.found[part],
-                    whole.count[part],
-                    whole.event_time[part],
-                    whole.z[part],
-                    {name: values[part] for name, values in whole.table.items()},
-                )
-        answers.append(Answer(version, logits[rows], predictions[rows], known, one, own, down))
-        row = rows.stop
+        stop = row + one.rows
+        share = Share(entries, row, tuple(first))
+        answers.append(Answer(version, logits[row:stop], predictions[row:stop], one, share, down))
+        row = stop
+        first = [place + len(named.keys) for place, named in zip(first, one.tasks.values(), strict=True)]
     return answers

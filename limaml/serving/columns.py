@@ -7,6 +7,7 @@ it has encoded once it remembers, so that a request costs a dictionary access pe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from limaml.errors import DataError
-from limaml.interactions.codecs import Codec, Scaling, Vocabulary, encode_values
+from limaml.interactions.codecs import CLIP, Codec, Scaling, Vocabulary, encode_values
 from limaml.interactions.columns import canonical_text, missing_column
 from limaml.interactions.encode import Encoder
 from limaml.interactions.keys import join_key
 from limaml.interactions.schema import Feature, Task
 from limaml.types import FeatureKind, Features
 
-__all__ = ["Column", "Lookup", "Lookups", "columns_of", "keys_of"]
+__all__ = ["Column", "Lookup", "Lookups", "columns_of", "joined", "keys_of"]
 
 REMEMBERED = 200_000
 """Distinct values of a feature that are kept encoded; beyond that it is begun anew."""
@@ -39,6 +40,15 @@ _KINDS: dict[type[pl.DataType], str] = {
 }
 
 
+_PLAIN: dict[np.dtype[Any], pl.DataType] = {
+    np.dtype(np.int64): pl.Int64(),
+    np.dtype(np.int32): pl.Int64(),
+    np.dtype(np.float32): pl.Float64(),
+    np.dtype(np.float64): pl.Float64(),
+}
+"""What most arrays are, and what polars would call it."""
+
+
 class Column:
     """Values `[n]`, or `[1]` for all rows alike. `kind` names their type: only values of one kind are compared."""
 
@@ -50,6 +60,9 @@ class Column:
     @classmethod
     def of_array(cls, data: NDArray[Any]) -> Column:
         """Of an array `[n]` of numbers, Booleans or `bytes` (UTF-8), or `[n, width]` of lists of them."""
+        plain = _PLAIN.get(data.dtype) if data.ndim == 1 else None
+        if plain is not None:
+            return cls(plain, array=data)
         if data.dtype.hasobject:
             texts = [value.decode() for value in data.reshape(-1).tolist()]
             dtype: pl.DataType = pl.String()
@@ -76,7 +89,8 @@ class Column:
         return cls(dtype, series.to_list())
 
     def __len__(self) -> int:
-        return len(self.values if self.array is None else self.array)
+        array = self.array
+        return len(self.values) if array is None else len(array)
 
     @property
     def _array(self) -> NDArray[Any]:
@@ -126,6 +140,20 @@ def columns_of(frame: pl.DataFrame, names: set[str]) -> dict[str, Column]:
     return {name: Column.of_series(frame[name]) for name in frame.columns if name in names}
 
 
+def joined(columns: Sequence[tuple[Column, int]]) -> Column | None:
+    """The columns of several requests, each for so many rows, one after the other; None where they are not all arrays
+    of one kind and width."""
+    first = columns[0][0]
+    arrays = [column.array for column, _ in columns if column.array is not None and column.kind == first.kind]
+    if len(arrays) < len(columns) or any(array.shape[1:] != arrays[0].shape[1:] for array in arrays):
+        return None
+    spread = [
+        array if len(array) == rows else np.repeat(array, rows, axis=0)
+        for array, (_, rows) in zip(arrays, columns, strict=True)
+    ]
+    return Column(first.dtype, array=np.concatenate(spread))
+
+
 class Lookup:
     """One feature's encoded values, by value."""
 
@@ -133,6 +161,9 @@ class Lookup:
         self.feature, self.codec = feature, codec
         self.is_id = feature.is_id
         self._known: dict[str, dict[Hashable, Any]] = {}
+        scaling = codec if isinstance(codec, Scaling) else None
+        self._mean = np.array(scaling.mean if scaling else ())
+        self._deviation = np.array(scaling.deviation if scaling else ())
 
     @property
     def datatype(self) -> str:
@@ -171,6 +202,12 @@ class Lookup:
         if array is None or column.dtype.is_nested() != (self.feature.kind is FeatureKind.VECTOR):
             return encode_values(self.feature, codec, column.series())
         numbers = (array[:, None] if array.ndim == 1 else array).astype(np.float64)
+        if numbers.shape[1] == len(self._mean) and not codec.indicator:
+            scaled = np.subtract(numbers, self._mean)  # as `Scaling.scale` does, where no value is missing
+            scaled /= self._deviation
+            np.minimum(np.maximum(scaled, -CLIP, out=scaled), CLIP, out=scaled)
+            if not math.isnan(np.add.reduce(scaled, None)):
+                return torch.from_numpy(scaled.astype(np.float32))
         if numbers.shape[1] != len(codec.mean):
             raise DataError(
                 f"Feature '{self.feature.name}' reads column '{self.feature.column}' as a dense vector of width "
@@ -224,6 +261,8 @@ def keys_of(columns: Mapping[str, Column], task: Task) -> tuple[list[str], NDArr
 
     Raises `DataError` where a key column is missing, holds no value, or holds something that cannot name a task.
     """
+    if len(task.columns) == 1 and (only := columns.get(task.columns[0])) is not None and len(only) == 1:
+        return _texts(only, task.columns[0], task), np.zeros(1, np.int64), [0]  # one task for all rows, as most ask
     problems = [
         missing_column(column, f"part of the key of task '{task.name}'", list(columns))
         for column in task.columns
@@ -247,6 +286,8 @@ def keys_of(columns: Mapping[str, Column], task: Task) -> tuple[list[str], NDArr
 
 def _texts(column: Column, name: str, task: Task) -> list[str]:
     """Each value as canonical text."""
+    if column.kind == "Int64" and column.array is not None:
+        return list(map(str, column.values))
     if column.dtype.is_nested() or column.dtype == pl.Binary:
         raise DataError(f"Column '{name}' is of type {column.dtype} and cannot name a task; use numbers or text.")
     texts: list[str | None]

@@ -88,6 +88,7 @@ class GrpcServer:
         self.service, self._token = service, token
         self._least_logged = {"all": 0, "errors": 400, "none": 1000}[log]
         self._draining = False
+        self._counted: dict[tuple[str, int], tuple[Any, Any]] = {}
         self._server = aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_body),
@@ -176,8 +177,13 @@ class GrpcServer:
         """Count and log a request as HTTP's are, its status in HTTP's words; 499: the caller went away."""
         cancelled = refusal is None and isinstance(sys.exception(), asyncio.CancelledError)
         status = 499 if cancelled else 200 if refusal is None else refusal.status
-        self.service.metrics.requests.labels(endpoint, str(status)).inc()
-        self.service.metrics.seconds.labels(endpoint).observe(seconds)
+        counted = self._counted.get((endpoint, status))
+        if counted is None:
+            metrics = self.service.metrics
+            counted = metrics.requests.labels(endpoint, str(status)), metrics.seconds.labels(endpoint)
+            self._counted[endpoint, status] = counted
+        counted[0].inc()
+        counted[1].observe(seconds)
         if status >= self._least_logged:
             access.log(
                 logging.INFO if status < 500 else logging.WARNING,

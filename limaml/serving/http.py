@@ -50,6 +50,8 @@ class HttpApp:
         self._token = None if token is None else token.encode()
         self._least_logged = {"all": 0, "errors": 400, "none": 1000}[log]
         self._api = make_api(service)
+        self._counted: dict[tuple[str, int], tuple[Any, Any]] = {}
+        """(endpoint, status) → what counts requests and what their seconds; both are few."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,9 +101,13 @@ class HttpApp:
         await answer.whole(200, own, found)
 
     def _note(self, endpoint: str, scope: Scope, answer: _Answer, seconds: float) -> None:
-        metrics = self.service.metrics
-        metrics.requests.labels(endpoint, str(answer.status)).inc()
-        metrics.seconds.labels(endpoint).observe(seconds)
+        counted = self._counted.get((endpoint, answer.status))
+        if counted is None:
+            metrics = self.service.metrics
+            counted = metrics.requests.labels(endpoint, str(answer.status)), metrics.seconds.labels(endpoint)
+            self._counted[endpoint, answer.status] = counted
+        counted[0].inc()
+        counted[1].observe(seconds)
         if answer.status >= self._least_logged:
             access.log(
                 logging.INFO if answer.status < 500 else logging.WARNING,
@@ -130,7 +136,7 @@ class _Answer:
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.identity.encode())]}
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.identity.encode())]
         try:
             await self._send(message)
         except (

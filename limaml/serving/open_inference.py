@@ -6,7 +6,9 @@ Inference-Header-Content-Length says where the JSON ends (without it, all is JSO
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,9 @@ def decode_request(
 ) -> tuple[InferRequest, frozenset[str] | None]:
     """The request in a body, and the names of the outputs that shall be sent as raw bytes (None: all of them)."""
     head, tail = _parts(body, header_length)
+    layout = _layouts.get(head) if header_length is not None else None
+    if layout is not None and layout.size == len(tail):
+        return layout.request(model, version, tail), layout.raw
     found = parse_json(head, "The request")
     for name in found.keys() - {"id", "inputs", "outputs", "parameters"}:
         raise Refused(400, f"The request has a field {name[:80]!r}; known are id, inputs, outputs and parameters.")
@@ -55,10 +60,56 @@ def decode_request(
         raise Refused(400, f"There are {len(tail) - place} bytes behind the last tensor; each binary_data_size must say "
                       "how many are its own.")  # fmt: skip
     outputs, raw = _outputs(_list(found, "outputs") if "outputs" in found else [], parameters)
-    return InferRequest(model, version, identity, inputs, outputs, parameters), raw
+    request = InferRequest(model, version, identity, inputs, outputs, parameters)
+    if header_length is not None and identity is None and len(head) <= LONGEST_KEPT:
+        _keep(head, found, request, raw)
+    return request, raw
 
 
-def _parts(body: bytes, header_length: str | None) -> tuple[bytes | memoryview, memoryview]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layout:
+    """What a JSON text says of the raw bytes behind it, checked: a client that asks again sends the same text."""
+
+    tensors: tuple[tuple[InferTensor, int, int], ...]  # one with these names and shapes, and where its bytes are
+    size: int
+    outputs: tuple[str, ...]
+    parameters: Mapping[str, Any]
+    raw: frozenset[str] | None
+
+    def request(self, model: str, version: str | None, tail: memoryview) -> InferRequest:
+        inputs = {}
+        for like, start, stop in self.tensors:
+            name, dtype = like.name, like.data.dtype
+            if dtype.kind in "iuf" and sys.byteorder == "little":
+                data = np.frombuffer(tail[start:stop], dtype).reshape(like.shape)
+                inputs[name] = InferTensor(name, like.datatype, like.shape, data)
+            else:  # whose bytes may be wrong
+                where = f"Input '{name[:80]}'"
+                inputs[name] = decode_raw(tail[start:stop], name, like.datatype, like.shape, where)
+        return InferRequest(model, version, None, inputs, self.outputs, dict(self.parameters))
+
+
+_layouts: dict[bytes, _Layout] = {}
+LAYOUTS_KEPT, LONGEST_KEPT = 256, 4096
+
+
+def _keep(head: bytes, found: Mapping[str, Any], request: InferRequest, raw: frozenset[str] | None) -> None:
+    """Remember the layout of a request whose tensors are all raw; the one known longest makes room."""
+    tensors, start = [], 0
+    for entry in found["inputs"]:
+        size = (entry.get("parameters") or {}).get("binary_data_size")
+        if size is None:
+            return
+        tensor = request.inputs[entry["name"]]
+        like = InferTensor(tensor.name, tensor.datatype, tensor.shape, np.empty(0, tensor.data.dtype))
+        tensors.append((like, start, start + size))
+        start += size
+    while len(_layouts) >= LAYOUTS_KEPT:
+        _layouts.pop(next(iter(_layouts)))
+    _layouts[head] = _Layout(tuple(tensors), start, request.outputs, dict(request.parameters), raw)
+
+
+def _parts(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     """The JSON and the raw bytes."""
     if header_length is None:
         return body, memoryview(b"")
@@ -68,7 +119,7 @@ def _parts(body: bytes, header_length: str | None) -> tuple[bytes | memoryview, 
     if length > len(body):
         raise Refused(400, f"Inference-Header-Content-Length is {length}, but the body has {len(body)} bytes.")
     whole = memoryview(body)
-    return whole[:length], whole[length:]
+    return body[:length], whole[length:]
 
 
 def _input(entry: Any, number: int, raw: memoryview) -> tuple[InferTensor, int]:

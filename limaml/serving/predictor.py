@@ -43,14 +43,14 @@ class _Looked:
         self.entries = scorer.look_up(reader, [self.asked])
 
     def scores(self, personal: bool = True) -> Scores:
-        model, entries = self.scorer.model, self.entries
+        entries = self.entries
         cold = (
             {task: self.scorer.cold(task, one.table, torch.arange(len(one.keys))) for task, one in entries.items()}
             if not personal
             else None
         )
         logits = self.scorer.logits([self.asked], entries, cold)
-        predictions = model.losses.predictions(logits)
+        predictions = self.scorer.predictions(logits)
         known = np.ones(self.asked.rows, dtype=np.bool_)
         for one in entries.values():
             known &= one.found[one.owner.numpy()]

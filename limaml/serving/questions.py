@@ -48,6 +48,39 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """Which of a batch's entries are one request's: from row `row`, and from entry `first` of each task type, on."""
+
+    whole: Mapping[str, Entries]
+    row: int
+    first: tuple[int, ...]
+
+    def known(self, asked: Asked) -> NDArray[np.bool_]:
+        """`[n]` whether the store knew all tasks of each row."""
+        known = np.ones(asked.rows, dtype=np.bool_)
+        for (task, one), first in zip(self.whole.items(), self.first, strict=True):
+            named = asked.tasks[task]
+            known &= one.found[first : first + len(named.keys)][named.codes]
+        return known
+
+    def entries(self, asked: Asked) -> dict[str, Entries]:
+        """The request's own."""
+        rows, found = slice(self.row, self.row + asked.rows), {}
+        for (task, one), first in zip(self.whole.items(), self.first, strict=True):
+            part = slice(first, first + len(asked.tasks[task].keys))
+            found[task] = Entries(
+                one.keys[part],
+                one.owner[rows] - first,
+                one.found[part],
+                one.count[part],
+                one.event_time[part],
+                one.z[part],
+                {name: values[part] for name, values in one.table.items()},
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Answer:
     """Scores of a question's rows, all from `version`. `store_down`: every task was taken for unknown. `sampled`: scores
     and logits are of a draw of the embeddings."""
@@ -55,12 +88,21 @@ class Answer:
     version: str
     logits: NDArray[np.float32]  # [n, heads]
     predictions: NDArray[np.float32]  # [n, heads]
-    known: NDArray[np.bool_]  # [n]
     asked: Asked
-    entries: Mapping[str, Entries]  # of the request alone
+    share: Share
     store_down: bool = False
     sampled: bool = False
     deviations: NDArray[np.float32] | None = None  # [n, heads], where asked for
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """`[n]` whether the store knew all tasks of each row; found out when it is asked for."""
+        return self.share.known(self.asked)
+
+    @property
+    def entries(self) -> Mapping[str, Entries]:
+        """The tasks of the request alone, as they were found; cut out of the batch's when they are asked for."""
+        return self.share.entries(self.asked)
 
 
 def column_of_tensor(tensor: InferTensor, scorer: Scorer, missing_allowed: bool) -> Column:
@@ -68,7 +110,14 @@ def column_of_tensor(tensor: InferTensor, scorer: Scorer, missing_allowed: bool)
 
     `missing_allowed`: NaN stands for a value that is not known, and is not refused.
     """
-    data, where = tensor.data, f"Input '{tensor.name[:80]}'"
+    data = tensor.data
+    if data.ndim == 1 and tensor.name in scorer.columns:  # as most are: nothing to find out but values
+        kind = data.dtype.kind
+        if kind == "i" and (tensor.name not in scorer.not_negative or np.minimum.reduce(data, initial=0) >= 0):
+            return Column.of_array(data)
+        if kind == "f" and tensor.name not in scorer.keys and np.logical_and.reduce(np.isfinite(data)):
+            return Column.of_array(data)
+    where = f"Input '{tensor.name[:80]}'"
     kinds = _kinds(scorer, tensor.name, where)
     lists = bool(kinds) and all(kind in LISTS for kind in kinds)
     if data.ndim == 0:
@@ -122,8 +171,7 @@ def _checked_numbers(
 
 def refuse_negative(name: str, values: NDArray[Any], scorer: Scorer, where: str) -> None:
     """No id is negative: a negative one is a mistake of the caller's, such as a −1 for "none"."""
-    named = name in scorer.keys or name == scorer.schema.row
-    if named and len(values) and int(values.min()) < 0 and not scorer.lookups.has_negative(name):
+    if name in scorer.not_negative and len(values) and int(values.min()) < 0:
         place = int((values.reshape(-1) < 0).argmax())
         raise Refused(400, f"{where} is {values.reshape(-1)[place]} in element {place} (they count from 0); ids are not "
                       "negative. Leave rows without an id out.")  # fmt: skip

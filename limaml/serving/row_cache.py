@@ -24,46 +24,74 @@ KEY_BYTES = 256
 
 _FIRST = 1024
 
-SLOT_BITS = 17
-"""Of the table of integers, 1 MiB and another for each column."""
+PROBES = 4
+"""Slots that a row may have: its own or one of those behind it."""
 
-_SHIFT = np.uint64(64 - SLOT_BITS)
+_FEWEST, _MOST = 12, 20
+"""Bits of the number of slots. Few slots stay in the processor's cache, so there are only as many as rows need."""
+
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+_FREE = -1
 
 
 class _Slots:
     """Places of rows whose ids are all integers, found for many rows at once and without an object for each.
 
-    A row has one slot, which it may lose to another: this table answers rightly or not at all.
+    A row that finds `PROBES` slots taken takes the first: this table answers rightly or not at all.
     """
 
     def __init__(self, columns: int) -> None:
-        self._ids = np.zeros((columns, 2**SLOT_BITS), np.int64)
-        self._place = np.full(2**SLOT_BITS, -1)
+        self._columns = columns
+        self.clear()
+
+    def clear(self) -> None:
+        self._ids = np.zeros((self._columns, 2**_FEWEST), np.int64)  # by place
+        self._told = np.zeros(0, np.int64)  # places
+        self._resize(_FEWEST)
+
+    def _resize(self, bits: int) -> None:
+        self._bits, self._shift = bits, np.uint64(64 - bits)
+        self._place = np.full(2**bits + PROBES, _FREE)
 
     def find(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
         """The place of each row, −1 where it is not known."""
         slot = self._slot(ids)
-        place = self._place[slot]
+        place = self._looked(slot, ids)
+        for probe in range(1, PROBES):
+            left = (place < 0).nonzero()[0]
+            if not len(left):
+                break
+            place[left] = self._looked(slot[left] + probe, [each[left] for each in ids])
+        return place
+
+    def _looked(self, slot: NDArray[np.int64], ids: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        place = self._place.take(slot)
         for kept, given in zip(self._ids, ids, strict=True):
-            place[kept[slot] != given] = -1
+            place[kept.take(place) != given] = _FREE  # what no row has looks at the last place, and stays free
         return place
 
     def tell(self, ids: Sequence[NDArray[np.int64]], place: NDArray[np.int64]) -> None:
-        slot = self._slot(ids)
+        if int(place.max()) >= self._ids.shape[1]:
+            more = np.zeros((self._columns, max(2 * self._ids.shape[1], int(place.max()) + 1)), np.int64)
+            more[:, : self._ids.shape[1]] = self._ids
+            self._ids = more
         for kept, given in zip(self._ids, ids, strict=True):
-            kept[slot] = given  # of several rows in one slot the last stays, here and below
-        self._place[slot] = place
+            kept[place] = given
+        place = np.unique(place)
+        self._told = np.concatenate([self._told, place])
+        if len(self._told) > 2 ** (self._bits - 2) and self._bits < _MOST:
+            self._resize(min(_MOST, self._bits + 2))
+            self._told = place = np.unique(self._told)
+        for one, slot in zip(place.tolist(), self._slot(list(self._ids[:, place])).tolist(), strict=True):
+            near = self._place[slot : slot + PROBES]
+            free = ((near == _FREE) | (near == one)).nonzero()[0]
+            near[free[0] if len(free) else 0] = one
 
-    def clear(self) -> None:
-        self._place.fill(-1)
-
-    @staticmethod
-    def _slot(ids: Sequence[NDArray[np.int64]]) -> NDArray[np.uint64]:
+    def _slot(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
         mixed = ids[0].view(np.uint64) * _MIX
         for more in ids[1:]:
             mixed = (mixed ^ more.view(np.uint64)) * _MIX
-        return mixed >> _SHIFT
+        return (mixed >> self._shift).view(np.int64)
 
 
 class RowCache:
@@ -114,9 +142,9 @@ class RowCache:
         )
 
     def _places_of_integers(self, asked: Sequence[tuple[Mapping[str, Column], int]]) -> NDArray[np.int64]:
-        ids = [np.concatenate([_spread(columns[name], count) for columns, count in asked]) for name in self.names]
+        ids = [_joined([_spread(columns[name], count) for columns, count in asked]) for name in self.names]
         places = self._slots.find(ids)
-        unknown = np.flatnonzero(places < 0)
+        unknown = (places < 0).nonzero()[0]
         if len(unknown):
             rest = [each[unknown] for each in ids]
             columns = {name: Column.of_array(each) for name, each in zip(self.names, rest, strict=True)}
@@ -159,6 +187,10 @@ class RowCache:
             if kept is not None and part is not None:
                 kept[self._used : self._used + count] = part
         self._used += count
+
+
+def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _is_integer(column: Column) -> bool:

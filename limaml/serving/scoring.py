@@ -5,6 +5,7 @@
 
 Several `Asked` are scored in one forward. Where the global block is cut (`limaml.types.CutBlock`), what it makes of a
 row's ids is kept (`RowCache`), what depends on a task is computed once per task, and only its `score` runs on every row.
+The block that ships is packed for this (`PackedInteraction`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor
 from limaml.embeddings.features import feature_width, features_type, unpack_features
 from limaml.interactions import Task
 from limaml.meta.blocks import add_parts
-from limaml.meta.precision import precision_of_blocks
+from limaml.meta.precision import full, precision_of_blocks
 from limaml.meta.saved import TrainedModel
 from limaml.meta.scorer import calling, gather_parts
-from limaml.serving.columns import Column, Lookup, Lookups, keys_of
+from limaml.serving.columns import Column, Lookup, Lookups, joined, keys_of
+from limaml.serving.packed import PackedInteraction
 from limaml.serving.row_cache import RowCache
 from limaml.store.contract import Reader
 from limaml.types import ROW, CutBlock, FeatureKind, Features, Parts, embedding_name
@@ -84,9 +86,12 @@ class Scorer:
         }
         self.keys = {column for task in self.schema.tasks for column in task.columns}
         self.columns = self.keys | {feature.column for feature in self.schema.features}
+        named = self.keys if self.schema.row is None else self.keys | {self.schema.row}
+        self.not_negative = {name for name in named if not self.lookups.has_negative(name)}
         elsewhere = self.keys | {lookup.feature.column for lookup in self.lookups.on(ROW)}
         self.together = {task: own - elsewhere for task, own in self._own.items()}  # are sent all or none
-        self.cut = isinstance(self.model.global_block, CutBlock)
+        self.packed = PackedInteraction.of(self.model.global_block)
+        self._binary = not bool(self.model.losses.squared.any())
         self.cache = RowCache([lookup.feature.column for lookup in self._ids], self._encode_ids, cache_bytes)
 
     # ------------------------------------------------------------------------------------------------- one request
@@ -97,7 +102,7 @@ class Scorer:
         Features of a task type may be left out together: the store knows those of the tasks it knows.
         """
         self.lookups.check(columns, ROW)
-        ids = {lookup.feature.column: columns[lookup.feature.column] for lookup in self._ids}
+        ids = {name: columns[name] for name in self.cache.names}
         numbers = {lookup.feature.column: columns[lookup.feature.column] for lookup in self._numbers}
         return Asked(rows, ids, numbers, {task.name: self._ask_task(columns, task, rows) for task in self.schema.tasks})
 
@@ -120,12 +125,7 @@ class Scorer:
 
     def _entries(self, reader: Reader | None, task: str, given: Sequence[AskedTask], asked: Sequence[Asked]) -> Entries:
         keys = [key for one in given for key in one.keys]
-        owner, start = [], 0
-        for one, each in zip(given, asked, strict=True):
-            codes = one.codes + start if start else one.codes
-            owner.append(codes if len(codes) == each.rows else np.repeat(codes, each.rows))
-            start += len(one.keys)
-        place = torch.from_numpy(owner[0] if len(owner) == 1 else np.concatenate(owner))
+        place = torch.from_numpy(_owner(given, asked))
         table = self._table(reader, task, given)
         k, dim = len(keys), self.model.dims[task] or 0
         if reader is None:
@@ -178,29 +178,41 @@ class Scorer:
 
     # --------------------------------------------------------------------------------------------------- the block
 
-    @torch.no_grad()
     def logits(
         self, asked: Sequence[Asked], entries: Mapping[str, Entries], embeddings: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Logits `[n, heads]` of all rows of a batch; `embeddings` (task type → `[k, dim]`) in place of the entries'."""
-        return self.differentiable(asked, entries, embeddings)
+        z = {task: one.z for task, one in entries.items()} if embeddings is None else embeddings
+        if self.packed is not None and any(one.rows for one in asked):
+            with torch.inference_mode(), full("cpu"):
+                return self._cut(self.packed, asked, entries, z)
+        with torch.no_grad():
+            return self._called(asked, entries, z)
 
-    def differentiable(
-        self, asked: Sequence[Asked], entries: Mapping[str, Entries], embeddings: Mapping[str, Tensor] | None = None
+    def differentiable(self, asked: Sequence[Asked], entries: Mapping[str, Entries]) -> Tensor:
+        """`logits`, for who needs their slopes by the entries' embeddings."""
+        return self._called(asked, entries, {task: one.z for task, one in entries.items()}, whole=True)
+
+    def _called(
+        self, asked: Sequence[Asked], entries: Mapping[str, Entries], z: Mapping[str, Tensor], *, whole: bool = False
     ) -> Tensor:
-        """`logits`, for who needs their slopes by the embeddings."""
+        """The model's own block, on `whole` rows or cut where it is."""
         block, rows = self.model.global_block, sum(one.rows for one in asked)
         if not rows:
             return torch.zeros(0, self.model.losses.heads, dtype=self._dtype)
-        z = {task: one.z if embeddings is None else embeddings[task] for task, one in entries.items()}
         shapes: Features = {embedding_name(task): value for task, value in z.items()}
         with calling(f"The global block {type(block).__name__}", precision_of_blocks(self._device), lambda: shapes):
             logits = (
                 self._cut(block, asked, entries, z)
-                if isinstance(block, CutBlock)
+                if isinstance(block, CutBlock) and not whole
                 else block(self._whole(asked, entries, z))
             )
         return logits.reshape(rows, -1) if logits.dim() == 1 else logits
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Probabilities of binary labels, values of others, `[n, heads]`."""
+        with torch.no_grad():
+            return torch.sigmoid(logits) if self._binary else self.model.losses.predictions(logits)
 
     def _cut(
         self, block: CutBlock, asked: Sequence[Asked], entries: Mapping[str, Entries], z: Mapping[str, Tensor]
@@ -210,7 +222,7 @@ class Scorer:
             numbers = block.encode(self._on_device(self._encode_numbers(asked)))
             parts = numbers if parts is None else add_parts(parts, numbers)
         for task, one in entries.items():
-            own = block.condition({embedding_name(task): z[task].to(self._device)})
+            own = block.condition({embedding_name(task): z[task] if self.packed else z[task].to(self._device)})
             if one.table:
                 own = add_parts(own, block.encode(self._on_device(one.table)))
             if parts is None or len(one.keys) > 1 or any(part is None for part in parts):
@@ -231,10 +243,18 @@ class Scorer:
         return self._on_device(features)
 
     def _encode_numbers(self, asked: Sequence[Asked]) -> Features:
-        encoded = [self._encode(self._numbers, one.numbers, one.rows) for one in asked]
-        if len(encoded) == 1:
-            return encoded[0]
-        return {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
+        if len(asked) == 1:
+            return self._encode(self._numbers, asked[0].numbers, asked[0].rows)
+        features: Features = {}
+        for lookup in self._numbers:
+            name = lookup.feature.column
+            whole = joined([(one.numbers[name], one.rows) for one in asked])
+            features[lookup.feature.name] = (
+                lookup.encode(whole)
+                if whole is not None
+                else torch.cat([self._encode([lookup], one.numbers, one.rows)[lookup.feature.name] for one in asked])
+            )
+        return features
 
     def _encode(self, lookups: Sequence[Lookup], columns: Mapping[str, Column], rows: int) -> Features:
         features: Features = {}
@@ -246,13 +266,26 @@ class Scorer:
     @torch.no_grad()
     def _encode_ids(self, columns: Mapping[str, Column]) -> Parts:
         """What the block makes of the id features of some rows."""
-        block = self.model.global_block
+        block = self.packed or self.model.global_block
         assert isinstance(block, CutBlock)
         rows = len(next(iter(columns.values())))
         return block.encode(self._on_device(self._encode(self._ids, columns, rows)))
 
     def _on_device(self, features: Features) -> Features:
+        if self.packed is not None and self._dtype == torch.float32:
+            return features  # as they are encoded
         return {
             name: values.to(self._device, self._dtype if values.is_floating_point() else None)
             for name, values in features.items()
         }
+
+
+def _owner(given: Sequence[AskedTask], asked: Sequence[Asked]) -> NDArray[np.int64]:
+    """Which of a batch's entries each of its rows has."""
+    if all(len(one.codes) == 1 for one in given):  # each request is of one task, as most are
+        return np.repeat(np.arange(len(given)), [each.rows for each in asked])
+    owner, start = [], 0
+    for one, each in zip(given, asked, strict=True):
+        owner.append((one.codes if len(one.codes) == each.rows else np.repeat(one.codes, each.rows)) + start)
+        start += len(one.keys)
+    return np.concatenate(owner)

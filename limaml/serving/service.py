@@ -59,7 +59,7 @@ class Service:
         self._waiting: list[Waiting] = []
         self._in_flight = 0
         self.metrics.in_flight.set_function(lambda: self._in_flight)
-        self._wake = asyncio.Event()
+        self._scheduled = False  # whether what waits will be scored without anybody saying so again
         self._draining = False
         self._store = StoreState(self.options, self.metrics)
         self._batches = Batches(self.options, self.metrics, self._store)
@@ -75,7 +75,7 @@ class Service:
         self.metrics.store_up.set(1)
         for version in self.options.kept:
             await self._pin(version)
-        self._tasks = [asyncio.create_task(self._score_forever()), asyncio.create_task(self._watch_forever())]
+        self._tasks = [asyncio.create_task(self._watch_forever())]
         self.metrics.ready.set(1)
 
     async def drain(self) -> None:
@@ -87,12 +87,13 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._scoring is not None:  # a batch that everybody gave up may still be scored
+            await asyncio.get_running_loop().run_in_executor(None, self._scoring.shutdown)
+            await asyncio.sleep(0)
         for loaded in [*self._pinned.values(), *([self._current] if self._current else [])]:
             self._retire(loaded)
         self._current, self._pinned = None, {}
         await asyncio.get_running_loop().run_in_executor(None, self._loader.shutdown)
-        if self._scoring is not None:
-            self._scoring.shutdown()
 
     @property
     def live(self) -> bool:
@@ -305,7 +306,7 @@ class Service:
             metrics.decode.observe(now - begun)
         self._waiting.append(waiting)
         self._in_flight += 1
-        self._wake.set()
+        self._score_soon()
         alarm = loop.call_later(options.timeout, self._too_late, waiting)
         try:
             answer = await waiting.answer
@@ -328,32 +329,43 @@ class Service:
 
     # ----------------------------------------------------------------------------------------------------- batches
 
-    async def _score_forever(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            if not self._waiting:
-                self._wake.clear()
-                await self._wake.wait()
-            batch = self._take()
-            if not batch:
-                continue
-            for one in batch:
-                one.loaded.users += 1  # a request that gave up must not close the version under the batch
-            try:
-                if self._scoring is None:
-                    found: Sequence[Answer | Refused] | Exception = self._batches.score(batch)
+    def _score_soon(self) -> None:
+        """Have what waits scored, after what is ready to run now: requests that were read together are one batch."""
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._score_next)
+
+    def _score_next(self) -> None:
+        batch = self._take()
+        for one in batch:
+            one.loaded.users += 1  # a request that gave up must not close the version under the batch
+        if self._scoring is None or not batch:
+            self._scored(batch, self._score(batch))
+        else:
+            found = asyncio.get_running_loop().run_in_executor(self._scoring, self._score, batch)
+            found.add_done_callback(lambda done: self._scored(batch, done.result()))
+
+    def _score(self, batch: Sequence[Waiting]) -> Sequence[Answer | Refused] | Refused:
+        """The answers to a batch, or why it has none. May run in a thread."""
+        try:
+            return self._batches.score(batch) if batch else ()
+        except Refused as refusal:
+            return refusal
+        except Exception as error:
+            logger.exception("A batch of %d requests failed.", len(batch))
+            return Refused(500, f"The rows could not be scored: {error}")
+
+    def _scored(self, batch: Sequence[Waiting], found: Sequence[Answer | Refused] | Refused) -> None:
+        for place, one in enumerate(batch):
+            self._done_with(one.loaded)
+            if not one.answer.done():
+                answer = found if isinstance(found, Refused) else found[place]
+                if isinstance(answer, Refused):
+                    one.answer.set_exception(answer)
                 else:
-                    found = await loop.run_in_executor(self._scoring, self._batches.score, batch)
-            except Refused as refusal:
-                found = refusal
-            except Exception as error:
-                logger.exception("A batch of %d requests failed.", len(batch))
-                found = Refused(500, f"The rows could not be scored: {error}")
-            finally:
-                for one in batch:
-                    self._done_with(one.loaded)
-            self._resolve(batch, found)
-            await asyncio.sleep(0)  # let in what came meanwhile
+                    one.answer.set_result(answer)
+        self._scheduled = False
+        self._score_soon()
 
     def _take(self) -> list[Waiting]:
         """What waits for one version, in the order in which it came, as much as fits in a batch."""
@@ -368,16 +380,6 @@ class Service:
             rows += one.asked.rows if fits else 0
         self._waiting = left
         return batch
-
-    @staticmethod
-    def _resolve(batch: Sequence[Waiting], found: Sequence[Answer | Refused] | Exception) -> None:
-        for place, one in enumerate(batch):
-            if not one.answer.done():
-                answer = found if isinstance(found, Exception) else found[place]
-                if isinstance(answer, Exception):
-                    one.answer.set_exception(answer)
-                else:
-                    one.answer.set_result(answer)
 
 
 def _close(loaded: Loaded) -> None:

@@ -1,4 +1,4 @@
-"""`limaml serve` as a process: unchanged tritonclient, flips under load, signals, and a store that goes away."""
+"""`limaml serve` as a process: unchanged tritonclient, signals, and a store that goes away. Flips are in tests/faults."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,72 +101,6 @@ def test_tritonclient_works_unchanged(folder: Path, server: Server, binary: bool
     with pytest.raises(InferenceServerException, match="Did you mean 'user_id'"):
         client.infer("model", inputs(FRAME.rename({"user_id": "usr_id"}), binary))
     client.close()
-
-
-@contextmanager
-def flipping(address: str, versions: tuple[str, str], every: float) -> Iterator[None]:
-    """Serve one and the other in turn."""
-    stop = threading.Event()
-
-    def flip() -> None:
-        with limaml.open_store(address) as store:
-            turn = 0
-            while not stop.wait(every):
-                store.activate("model", versions[turn % 2])
-                turn += 1
-
-    thread = threading.Thread(target=flip)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def ask_until(url: str, until: float, number: int) -> list[tuple[str, int, Any]]:
-    """What one client got: version, first row asked for, logits."""
-    found = []
-    with httpx.Client(base_url=url, timeout=30) as client:
-        while time.monotonic() < until:
-            start = (number * 7 + len(found)) % 30
-            answer = client.post("/v1/score", json={"rows": FRAME.slice(start, 10).to_dicts()})
-            assert answer.status_code == 200, answer.text
-            document = answer.json()
-            assert "store" not in document
-            found.append((document["version"], start, document["logits"]["click"]))
-    return found
-
-
-def check_flips(folder: Path, address: str, seconds: float = 3.0) -> None:
-    versions = publish_two(folder, address)
-    wanted = expected(address)
-    with serving("--store", address, "--port", 0, *LATE) as server:
-        until = time.monotonic() + seconds
-        with flipping(address, versions, 0.1), ThreadPoolExecutor(6) as pool:
-            found = [one for part in pool.map(lambda n: ask_until(server.url, until, n), range(6)) for one in part]
-        for version, start, logits in found:
-            np.testing.assert_allclose(logits, wanted[version][start : start + 10], atol=1e-5, err_msg=version)
-        assert {version for version, _, _ in found} == set(versions)
-        flips = next(
-            float(line.split()[1])
-            for line in httpx.get(f"{server.url}/metrics").text.splitlines()
-            if line.startswith("limaml_version_flips_total")
-        )
-        assert flips >= 3
-        assert server.end() == 0, "".join(server.log)
-    with limaml.open_store(address) as store:  # every reader was let go
-        store.activate("model", versions[1])
-        assert store.expire("model", keep=1).removed == (versions[0],)
-
-
-def test_every_answer_is_of_one_version_while_versions_flip_in_lmdb(tmp_path: Path) -> None:
-    check_flips(tmp_path, str(tmp_path / "store"))
-
-
-def test_every_answer_is_of_one_version_while_versions_flip_in_valkey(tmp_path: Path) -> None:
-    with valkey() as store:
-        check_flips(tmp_path, f"redis://127.0.0.1:{store.port}/0?timeout=20&cache={tmp_path / 'cache'}")
 
 
 def test_a_server_whose_store_goes_away_answers_cold_and_recovers(tmp_path: Path) -> None:

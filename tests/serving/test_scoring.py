@@ -70,6 +70,30 @@ def test_scores_are_those_of_the_training_side(served: tuple[TrainedModel, Reade
     assert scorer.cache.hits >= 300 > scorer.cache.misses > 0
 
 
+def test_autocast_does_not_reach_scores(served: tuple[TrainedModel, Reader, Small]) -> None:
+    trained, reader, made = served
+    scorer = Scorer(trained)
+    asked = [scorer.ask(columns_of(made.frame.head(30), scorer.columns), 30)]
+    entries = scorer.look_up(reader, asked)
+    plain = Scorer(trained).logits(asked, entries).numpy()
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(scorer.logits(asked, entries).numpy(), plain)
+
+
+def test_a_block_of_ones_own_scores_as_the_one_that_ships(served: tuple[TrainedModel, Reader, Small]) -> None:
+    """The path of every other block, whole and cut, against the packed one."""
+    trained, reader, made = served
+    frames = made.frame.slice(0, 20), made.frame.slice(50, 30)
+    wanted = logits(Scorer(trained), reader, *frames)
+    cut = Scorer(trained)
+    cut.packed = None
+    np.testing.assert_allclose(logits(cut, reader, *frames), wanted, atol=1e-6)
+    asked = [cut.ask(columns_of(frame, cut.columns), frame.height) for frame in frames]
+    with torch.no_grad():
+        whole = cut.differentiable(asked, cut.look_up(reader, asked))
+    np.testing.assert_allclose(whole.numpy(), wanted, atol=1e-6)
+
+
 def test_a_batch_of_requests_scores_as_each_alone(served: tuple[TrainedModel, Reader, Small]) -> None:
     trained, reader, made = served
     scorer, frame = Scorer(trained), made.frame
@@ -188,7 +212,7 @@ def test_rows_of_several_integers_are_told_apart_however_many_there_are() -> Non
         return (torch.tensor([columns["a"].values, columns["b"].values]).T,)
 
     cache, rng = RowCache(["a", "b"], encode, limit=2**30), np.random.default_rng(0)  # type: ignore[arg-type]
-    for size in (150_000, 1000, 150_000):  # more rows than the table of integers has slots
+    for size in (150_000, 1000, 150_000):  # the table of integers grows meanwhile
         given = rng.integers(-300, 300, (2, size))
         given[:, :2] = -(2**63), 2**63 - 1
         columns = {"a": Column.of_array(given[0]), "b": Column.of_array(given[1])}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limaml.errors import ConfigError
-from limaml.serving.questions import SHADOWED, Answer, Question
+from limaml.serving.questions import SHADOWED, Answer, Question, Share
 from limaml.serving.scoring import Asked
 from limaml.serving.tensors import Refused
 from limaml.serving.traffic import Shadow, Split, parse_split
@@ -69,7 +69,7 @@ def test_splits_that_make_no_sense_are_refused(options: list[str], message: str)
 
 def answer(version: str, *logits: float, **more: bool) -> Answer:
     values = np.array(logits, np.float32)[:, None]
-    return Answer(version, values, values, np.ones(len(logits), np.bool_), Asked(len(logits), {}, {}, {}), {}, **more)
+    return Answer(version, values, values, Asked(len(logits), {}, {}, {}), Share({}, 0, ()), **more)
 
 
 QUESTION = Question({}, 1, id="r1", parameters={"mood": "good"})
