@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from limaml.config import Config
 from limaml.errors import ConfigError
 from limaml.evaluate.baselines import ConstantBlock, PlainLearner, PlainModel
+from limaml.evaluate.problem import Fitted, Problem, Run
+from limaml.evaluate.rivals.cavia import cavia
+from limaml.evaluate.rivals.fine_tuned import fine_tuned
+from limaml.evaluate.rivals.history_methods import history_method
+from limaml.evaluate.rivals.limaml_history import limaml_history
+from limaml.evaluate.rivals.melu import melu
+from limaml.evaluate.rivals.popularity import popularity
+from limaml.evaluate.rivals.random_effects import random_effects
+from limaml.evaluate.rivals.set_encoder import set_encoder
 from limaml.meta.build import build_global_block, build_meta_model
 from limaml.meta.learn import MetaLearner
 from limaml.meta.losses import Losses
-from limaml.meta.model import MetaModel
-from limaml.meta.outer import History, Progress, fit
-from limaml.tasks import Split, TaskRows
-from limaml.types import FeatureSpec, Interactions, LossKind
+from limaml.meta.outer import Progress, fit
+from limaml.tasks import TaskRows
 
-__all__ = ["METHODS", "Fitted", "Problem", "fit_method"]
+__all__ = ["DESCRIPTIONS", "METHODS", "Fitted", "Problem", "check_methods", "config_of", "fit_method"]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What a method is asked: learn from `split.train`, then score `split.test` with support from `split.support`.
-
-    With a `validation` split (of the training rows) training stops early on it and the test rows are not scored.
-    """
-
-    data: Interactions
-    specs: tuple[FeatureSpec, ...]
-    losses: tuple[LossKind, ...]
-    tasks: tuple[str, ...]
-    split: Split
-    validation: Split | None = None
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Outputs for `split.test` (or the validation rows), and how training went."""
-
-    outputs: Tensor  # [test rows, heads]: log-odds of binary heads, values of squared heads
-    rows: Tensor  # [test rows] positions in the data
-    history: History
-    model: MetaModel | None = None
-    embeddings: Mapping[str, Tensor] | None = None  # task type → [entries, dim]
-
-
-def _plain(with_ids: bool) -> Callable[[Problem, Config, Callable[[Progress], None] | None], Fitted]:
+def _plain(with_ids: bool) -> Run:
     def run(problem: Problem, config: Config, progress: Callable[[Progress], None] | None) -> Fitted:
-        data, split = problem.data, problem.validation or problem.split
+        data, split = problem.data, problem.judged
         dims = dict.fromkeys(problem.tasks, config.model.dim) if with_ids else {}
         heads = len(problem.losses)
         empty = not problem.specs and not dims
@@ -72,7 +51,7 @@ def _plain(with_ids: bool) -> Callable[[Problem, Config, Callable[[Progress], No
 
 
 def _limaml(problem: Problem, config: Config, progress: Callable[[Progress], None] | None) -> Fitted:
-    data, split = problem.data, problem.validation or problem.split
+    data, split = problem.data, problem.judged
     model = build_meta_model(problem.specs, problem.tasks, problem.losses, config.model, config.adapt)
     model = model.to(config.train.device)
     learner = MetaLearner(model, data, split.train, config.train, problem.validation)
@@ -86,16 +65,42 @@ def _limaml(problem: Problem, config: Config, progress: Callable[[Progress], Non
     return Fitted(model.losses.outputs(model.predict(data, rows, embeddings)), rows, history, model, embeddings)
 
 
-_Run = Callable[[Problem, Config, Callable[[Progress], None] | None], Fitted]
-
-METHODS: Mapping[str, tuple[_Run, Mapping[str, Mapping[str, object]]]] = {
+METHODS: Mapping[str, tuple[Run, Mapping[str, Mapping[str, object]]]] = {
+    "popularity": (popularity(member=False), {}),
+    "member_mean": (popularity(member=True), {}),
     "base": (_plain(with_ids=False), {}),
     "wide_and_deep": (_plain(with_ids=True), {}),
+    "history_mean": (history_method("mean"), {}),
+    "history_attention": (history_method("attention"), {}),
+    "set_encoder": (set_encoder, {}),
+    "random_effects": (random_effects, {}),
+    "fine_tuned": (fine_tuned, {}),
+    "melu": (melu, {"adapt": {"solver": "gradient", "steps": 3}}),
+    "cavia": (cavia, {"adapt": {"solver": "gradient", "steps": 3}}),
     # By gradient steps a linear meta block adapts better than a deep one (docs/decisions.md).
     "limaml_gradient": (_limaml, {"adapt": {"solver": "gradient", "steps": 3}, "model": {"meta_hidden": ()}}),
     "limaml_newton": (_limaml, {"adapt": {"solver": "newton", "steps": 2}}),
+    "limaml_history": (limaml_history, {"adapt": {"solver": "newton", "steps": 2}}),
 }
 """Name → (how it is trained and scored, what it sets unless `methods.<name>` of the config says otherwise)."""
+
+DESCRIPTIONS: Mapping[str, str] = {
+    "popularity": "shrunken mean label of what the row is about; no features, no network",
+    "member_mean": "popularity, and each member's own shrunken mean, added in log-odds",
+    "base": "the global block alone: features, no personalisation",
+    "wide_and_deep": "a learned embedding and bias for each id",
+    "history_mean": "the global block also reads the mean of the member's recent rows and labels (YouTube DNN)",
+    "history_attention": "the global block also reads the member's recent rows and labels by attention (DIN)",
+    "set_encoder": "a feed-forward set encoder of the support gives the embedding, no inner loop (CNP, CMML)",
+    "random_effects": "base, frozen, and a ridge regression per member on its last hidden layer (GLMix, GDMix)",
+    "fine_tuned": "base, all of it trained on by each member alone, a few steps",
+    "melu": "the layers of the MLP are adapted to each member by gradient steps, first order (MeLU)",
+    "cavia": "a context vector per member, adapted by gradient steps from a common start (CAVIA)",
+    "limaml_gradient": "LiMAML with the paper's gradient steps on the meta block",
+    "limaml_newton": "LiMAML with Newton steps in the space of the meta embedding",
+    "limaml_history": "limaml_newton whose global block also reads the recent rows by attention (LiMAML beside DIN)",
+}
+"""Name → what it is, in a line."""
 
 
 def config_of(method: str, config: Config, **train: object) -> Config:

@@ -47,13 +47,30 @@ _NEWTON: dict[str, tuple[Any, ...]] = {
     "adapt.precision": ("log", 0.3, 10.0),
 }
 
+_HISTORY: dict[str, tuple[Any, ...]] = {
+    "rival.history": ("choice", (20, 50, 100)),
+    "rival.look_back": ("choice", ("past", "cross_fit")),
+}
+_HIDDEN: dict[str, tuple[Any, ...]] = {"rival.hidden": ("choice", (16, 32, 64))}
+
 SPACE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "popularity": {},
+    "member_mean": {},
     "base": _COMMON,
     "wide_and_deep": _COMMON,
+    "history_mean": {**_COMMON, **_HISTORY},
+    "history_attention": {**_COMMON, **_HISTORY, **_HIDDEN},
+    "set_encoder": {**_COMMON, **_HIDDEN, "adapt.prior_count": _GRADIENT["adapt.prior_count"]},
+    "random_effects": _COMMON,  # penalties, rate and steps are chosen by the methods themselves, in every training
+    "fine_tuned": _COMMON,
+    "melu": {**_COMMON, **_GRADIENT},
+    "cavia": {**_COMMON, **_GRADIENT},
     "limaml_gradient": {**_COMMON, **_GRADIENT},
     "limaml_newton": {**_COMMON, **_NEWTON},
+    "limaml_history": {**_COMMON, **_NEWTON, "rival.history": _HISTORY["rival.history"]},
 }
-"""Method → setting → ("log", low, high) or ("choice", values). Every method has the same common part."""
+"""Method → setting → ("log", low, high) or ("choice", values). Every method has the same common part,
+but those that learn all they have from counts: they have nothing to search, and are tried once."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,8 @@ def tune(
     problems = _fingerprints(table, schema, config, methods)
     finished = [trial for trial in _read(record, problems) if trial.method in methods]
     studies = {method: _study(method, finished, trials, seed) for method in methods}
-    left = {method: trials - sum(trial.method == method for trial in finished) for method in methods}
+    allowed = {method: trials if SPACE[method] else 1 for method in methods}
+    left = {method: allowed[method] - sum(trial.method == method for trial in finished) for method in methods}
     total = sum(max(0, count) for count in left.values())
     done = 0
     context = multiprocessing.get_context("spawn")

@@ -1,0 +1,50 @@
+"""Every compared method on every kind of problem: what it gives, and that it never looks at what it is judged by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rival_data import small_config, small_problem
+
+from limaml.evaluate.methods import DESCRIPTIONS, METHODS, fit_method
+from limaml.evaluate.tune import SPACE
+
+KINDS = [("warm", 1, ("user",)), ("new_tasks", 2, ("user", "shop"))]
+
+
+def test_every_method_is_described_and_has_a_space() -> None:
+    assert set(DESCRIPTIONS) == set(METHODS) == set(SPACE)
+    shared = set(SPACE["base"])
+    for method, space in SPACE.items():
+        assert len(set(space) - shared) <= 3, method
+        assert not space or shared <= set(space), method
+
+
+@pytest.mark.parametrize(("protocol", "heads", "tasks"), KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_test_labels_are_never_read(method: str, protocol: str, heads: int, tasks: tuple[str, ...]) -> None:
+    """Predictions are finite, one per test row and head, and the same bits whatever the test labels and weights are."""
+    found = []
+    for corrupt in (False, True):
+        problem = small_problem(protocol, heads=heads, tasks=tasks)
+        if corrupt:
+            labels, weights, test = problem.data.labels.clone(), problem.data.weights.clone(), problem.split.test
+            labels[test], weights[test] = 1 - labels[test], 7.0
+            problem = replace(problem, data=replace(problem.data, labels=labels, weights=weights))
+        fitted = fit_method(method, problem, small_config(), seed=0, epochs=2)
+        rows = problem.split.test.nonzero().flatten()
+        assert fitted.rows.equal(rows)
+        assert fitted.outputs.shape == (len(rows), heads)
+        assert not fitted.outputs.requires_grad
+        assert bool(fitted.outputs.isfinite().all())
+        found.append(fitted.outputs)
+    assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_epochs_are_found_on_validation_rows(method: str) -> None:
+    fitted = fit_method(method, small_problem("new_tasks", valid=True), small_config(), seed=0)
+    losses = [epoch.valid_loss for epoch in fitted.history.epochs]
+    assert all(loss is not None and 0 < loss < 10 for loss in losses)
+    assert 1 <= fitted.history.best <= len(losses)
