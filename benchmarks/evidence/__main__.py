@@ -13,14 +13,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.evidence.page import write_pages
+from benchmarks.evidence.pictures import draw
 from benchmarks.evidence.plan import Plan, Scale, goals_of
+from benchmarks.evidence.replays import replays_of
+from benchmarks.evidence.results import read_results
 from benchmarks.evidence.runner import run_plan
 from benchmarks.evidence.sets import PARTS, make_table, sets_in
 from benchmarks.evidence.units import Cache
+from benchmarks.evidence.write import in_order, write_results
 from limaml.errors import LimamlError
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = Scale(trials=1, seeds=2, ablation_seeds=1, ablation_sets=("ml-100k",), replicates=500)
+RESULTS = ROOT / "benchmarks/results/evidence"
+QUICK = Scale(trials=1, seeds=2, ablation_seeds=1, ablation_sets=("ml-100k",), replay_seeds=1, replicates=500)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +51,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="folder of the result files (default: benchmarks/results/evidence)"
     )
-    parser.add_argument("--no-results", action="store_true", help="measure only; write result files another time")
     parser.add_argument("--page", action="store_true", help="only write the page, from the result files")
     return parser.parse_args(given)
 
@@ -53,7 +58,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     chosen = arguments()
     out = chosen.out or ROOT / ("runs/evidence-quick" if chosen.quick else "runs/evidence")
-    results = chosen.results or (out / "results" if chosen.quick else ROOT / "benchmarks/results/evidence")
+    results = chosen.results or (out / "results" if chosen.quick else RESULTS)
     scale = QUICK if chosen.quick else Scale()
     if chosen.seeds is not None:
         scale = replace(scale, seeds=chosen.seeds)
@@ -61,6 +66,13 @@ def main() -> None:
         scale = replace(scale, trials=chosen.trials)
     if not chosen.page:
         measure(chosen, scale, out, results)
+    found = in_order(read_results(results))
+    if not found:
+        raise LimamlError(f"There are no result files in {results} to make a page of. Measure first: --data DIR.")
+    whole = results == RESULTS
+    page = ROOT / "docs/results.md" if whole else results.parent / "results.md"
+    for path in write_pages(found, page, ROOT / "README.md" if whole else None, draw):
+        print(f"Written: {path}")
 
 
 def measure(chosen: argparse.Namespace, scale: Scale, out: Path, results: Path) -> None:
@@ -74,12 +86,14 @@ def measure(chosen: argparse.Namespace, scale: Scale, out: Path, results: Path) 
         )
     cache = Cache(out / "cache")
     print(f"{cache.load()} results are there already.", flush=True)
-    goals = goals_of(tables, scale, chosen.part, chosen.methods)
+    goals = [*goals_of(tables, scale, chosen.part, chosen.methods), *replays_of(tables, scale, chosen.part)]
     failed = run_plan(
         Plan(goals), cache, workers=chosen.workers, hours=chosen.hours, tell=lambda text: print(text, flush=True)
     )
     for name, fault in failed.items():
         print(f"Failed: {name}: {fault}", file=sys.stderr)
+    for path in write_results(tables, scale, cache.folder, results, out, chosen.workers):
+        print(f"Written: {path}", flush=True)
 
 
 if __name__ == "__main__":

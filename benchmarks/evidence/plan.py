@@ -13,11 +13,11 @@ from typing import Any
 
 from benchmarks.evidence.ablations import Variant, variants_of
 from benchmarks.evidence.sets import Table
-from benchmarks.evidence.units import Cache, Unit, trial_unit, unit_of
+from benchmarks.evidence.units import Cache, Runnable, Unit, trial_unit, unit_of
 from limaml.evaluate.methods import METHODS
 from limaml.evaluate.tune import SPACE, Trial, propose
 
-__all__ = ["MAIN", "PROTOCOLS", "Chosen", "Goal", "Plan", "Scale", "Tested", "goals_of", "rivals"]
+__all__ = ["MAIN", "PROTOCOLS", "Chosen", "Goal", "Judging", "Plan", "Scale", "goals_of", "rivals"]
 
 MAIN = ("base", "wide_and_deep", "limaml_gradient", "limaml_newton")
 PROTOCOLS = ("warm", "new_tasks")
@@ -31,6 +31,7 @@ class Scale:
     seeds: int = 5
     ablation_seeds: int = 2
     ablation_sets: tuple[str, ...] = ("ml-100k", "amazon-hin")
+    replay_seeds: int = 5
     replicates: int = 2000
 
 
@@ -84,7 +85,7 @@ def search(
     """What validation chose for a method out of `trials` settings, or the units to run next. With `fixed` settings these
     alone are tried: only the number of epochs is found. `Chosen.loss` is infinite where every trial failed."""
     tried: list[tuple[Trial, Mapping[str, float]]] = []
-    for _ in range(1 if fixed is not None else trials):
+    for _ in range(trials if fixed is None and SPACE[method] else 1):
         so_far = tuple(trial.loss for trial, _ in tried)
         settings = dict(fixed) if fixed is not None else dict(_proposal(method, so_far, trials))
         found = _tried(table, method, settings, cache, PROTOCOLS)
@@ -106,11 +107,11 @@ class Goal:
 
     finished: bool = field(default=False, init=False)
 
-    def units(self, cache: Cache) -> list[Unit]:
+    def units(self, cache: Cache) -> Sequence[Runnable]:
         """All units that can be named by now and have no result yet."""
         raise NotImplementedError
 
-    def open_units(self, cache: Cache) -> list[Unit]:
+    def open_units(self, cache: Cache) -> list[Runnable]:
         if self.finished:
             return []
         found = [unit for unit in self.units(cache) if cache.get(unit.key) is None]
@@ -119,7 +120,7 @@ class Goal:
 
 
 @dataclass
-class Tested(Goal):
+class Judging(Goal):
     """A method on a set, searched and then tested with some seeds; or a variant of one, upon what was chosen for it."""
 
     table: Table
@@ -159,7 +160,7 @@ class Plan:
 
     goals: Sequence[Goal]
 
-    def open_units(self, cache: Cache) -> Iterator[Unit]:
+    def open_units(self, cache: Cache) -> Iterator[Runnable]:
         """Units that can be run now, the most wanted first; none twice."""
         seen: set[str] = set()
         for goal in self.goals:
@@ -171,23 +172,23 @@ class Plan:
 
 def goals_of(
     tables: Sequence[Table], scale: Scale, parts: Sequence[str], methods: Sequence[str] | None = None
-) -> list[Tested]:
+) -> list[Judging]:
     """The goals of the parts main, rivals and ablations. `methods` leaves all others out."""
 
     def wanted(names: Sequence[str]) -> list[str]:
         return [m for m in names if methods is None or m in methods]
 
-    goals: list[Tested] = []
+    goals: list[Judging] = []
     for part, names in (("main", wanted(MAIN)), ("rivals", wanted(rivals()))):
         if part not in parts:
             continue
         mine = [table for table in tables if part in table.which.parts]
         for seeds in (range(1), range(1, scale.seeds)):
-            goals += [Tested(table, method, seeds, scale.trials) for table in mine for method in names if len(seeds)]
+            goals += [Judging(table, method, seeds, scale.trials) for table in mine for method in names if len(seeds)]
     if "ablations" in parts:
         mine = [t for t in tables if "ablations" in t.which.parts and t.which.name in scale.ablation_sets]
         goals += [
-            Tested(table, variant.method, range(scale.ablation_seeds), scale.trials, variant)
+            Judging(table, variant.method, range(scale.ablation_seeds), scale.trials, variant)
             for table in mine
             for variant in variants_of(table)
             if variant.method in wanted(tuple(METHODS))

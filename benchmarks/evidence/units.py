@@ -25,6 +25,7 @@ from limaml.config import Config, parse_config
 from limaml.errors import LimamlError
 from limaml.evaluate.compare import Job, job_problem, predictions_of, train_job
 from limaml.evaluate.methods import Fitted, Problem, config_of
+from limaml.evaluate.metrics import log_loss
 from limaml.evaluate.predictions import Predictions
 from limaml.evaluate.tune import with_settings
 from limaml.meta import logit_sd
@@ -107,7 +108,10 @@ class Unit:
             found["train_loss"] = [epoch.train_loss for epoch in fitted.history.epochs]
             if self.epochs is None:
                 found["valid_loss"] = [epoch.valid_loss for epoch in fitted.history.epochs]
-                found["epochs"] = fitted.history.best
+                found["epochs"] = max(1, fitted.history.best)
+                if not found["valid_loss"]:  # a method that is not trained in epochs
+                    (judged,) = predictions_of(job, self.dataset, problem, fitted.rows, fitted.outputs, encoder)
+                    found["valid_loss"] = [log_loss(judged.label, judged.logit, judged.row_weight)]
             else:
                 found["epochs"] = self.epochs
                 outputs = {"logit": fitted.outputs}
