@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from typing import Any
 
 from tritonclient.grpc import service_pb2
@@ -31,6 +32,7 @@ SHAPES: Sequence[Any] = (
     [10**30],
     [4096, 4096],
 )
+BOMB = gzip.compress(b" " * 2 * 10**7, 1)
 NUMBERS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-0", b"00", b"1" * 5000, b"0x1", b"+1", b"nan", b".5")
 
 
@@ -216,7 +218,7 @@ def odd_heads(choose: random.Random) -> Bad:
     paths = ["/v2/models/%ff/infer", "/v2/models/x/infer", "/v2/models/model/versions/v9/infer", "/%00", "/v2/models/"]
     paths += ["/v2/models/model/versions/%f0%9f/infer", "//", "/v1/score?x=%ff", "*", "/v2/models/model/versions/v9"]
     packings = ["gzip", "deflate", "br", "gzip, gzip", "\xff"]
-    packed = gzip.compress(body if choose.random() < 0.7 else b" " * 2 * 10**7, 1)
+    packed = gzip.compress(body, 1) if choose.random() < 0.95 else BOMB
     return choose.choice(
         [
             Bad("odd path", (http(body, choose.choice(paths)),)),
@@ -242,6 +244,52 @@ HTTP: Sequence[Callable[[random.Random], Bad]] = (
     random_bytes, flips, flips, truncated, tensors, tensors, half_sent, wrong_length, pipelined, chunks, no_utf8,
     numbers, deep, shapes, odd_values, odd_values, odd_values, noise, odd_heads, slow,
 )  # fmt: skip
+
+
+FRAMED = (
+    random_bytes,
+    flips,
+    flips,
+    truncated,
+    tensors,
+    tensors,
+    no_utf8,
+    numbers,
+    deep,
+    shapes,
+    odd_values,
+    odd_values,
+)
+"""Those whose heads are right, so that the next request may follow on the same connection."""
+
+
+class Kept:
+    """A connection for many requests: as long as the server keeps it, else another one."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._address = host, int(port)
+        self._connection: socket.socket | None = None
+        self.opened = 0
+
+    def send(self, bad: Bad) -> tuple[int, bytes]:
+        """The status and the body of the answer."""
+        (request,) = bad.pieces
+        if self._connection is None:
+            self._connection = socket.create_connection(self._address, timeout=60)
+            self.opened += 1
+        self._connection.sendall(request.replace(b"Connection: close\r\n", b"", 1))
+        answer = HTTPResponse(self._connection, method="POST")
+        answer.begin()
+        body = answer.read()
+        if answer.will_close:
+            self.close()
+        return answer.status, body
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 def send(address: str, bad: Bad) -> bytes:

@@ -18,9 +18,10 @@ import redis
 from .checker import check, check_log
 from .processes import KILL, Ended, Nursery, Running
 from .raw import Contents
-from .world import TASK, World
+from .world import MODEL, TASK, World
 
 # A lease in Redis outlives its holder for a while; a process that waits too long for its share of a busy machine loses its own.
+WEIGHTS = "weights.safetensors"
 LATER = ("Another publisher of model", "its lease ended")
 
 
@@ -43,11 +44,16 @@ class Campaign:
         self.choose = random.Random(seed)
         self.pieces = world.pieces(run / "pieces", pieces)
         self.done = 0  # pieces that are in: every other one by a file, the others by events
-        self.kills = dict.fromkeys(("embed", "refresh", "stream", "serve"), 0)
+        self.kills = dict.fromkeys(("embed", "refresh", "stream", "serve", "rollout", "forget"), 0)
+        self.gone: set[str] = set()  # members who were forgotten, to the end
+        self._going: dict[str, int] = {}  # of who is being forgotten: most clicks that may be known
+        self._leaving = self.choose.sample(world.members, len(world.members) // 2)
+        self._target: str | None = None  # the model that is being rolled out
+        self._served: str | None = None
         self._broker, self._sent = broker, 0  # address of a Redis stream; events come from a file of lines without one
         self.compared = 0
         self._promised: str | None = None
-        self._least = dict.fromkeys(world.members, 0)
+        self._least = self._known = dict.fromkeys(world.members, 0)
         self._usual: dict[str, tuple[int, float]] = {}  # act → calls and seconds of the last one that ended
         for name in self.kills:  # in this order: each has what it needs
             self.whole(name)
@@ -64,12 +70,32 @@ class Campaign:
         if name == "embed":
             return ["embed", self.run, "--keep", 2, *at]
         if name == "serve":
-            return ["serve", self.run, "--port", 0, "--poll", 0.05, *at]
+            return ["serve", self.run, "--port", 0, "--poll", 0.05, "--timeout", 60, *at]
         if name == "stream":
             source = self._broker or self.run / "events.jsonl"
             return ["stream", self.run, "--source", source, "--once", "--max-batch", 4, "--log", "text", *at]
+        if name == "rollout":
+            self._target = self._target or next(digest for digest in self.world.known if digest != self._model())
+            return ["rollout", self.run, "--model", self.world.known[self._target].model, *at]
+        if name == "forget":
+            return ["store", "forget", self.run, "--task", f"{TASK}:{self._next_to_go()}", *at]
         last = (len(self.pieces) - 1) // 2 * 2  # of those that come by a file; again and again once all are in
         return ["refresh", self.run, self.pieces[min(self.done, last)], *at]
+
+    def _model(self) -> str:
+        """Digest of the model that the run folder has."""
+        (own,) = (
+            digest
+            for digest, known in self.world.known.items()
+            if (known.model / WEIGHTS).read_bytes() == (self.run / "model" / WEIGHTS).read_bytes()
+        )
+        return own
+
+    def _next_to_go(self) -> str:
+        """Who is being forgotten, else the next one; once half of all are gone, one of them again."""
+        if self._going:
+            return next(iter(self._going))
+        return next((member for member in self._leaving if member not in self.gone), self._leaving[0])
 
     def whole(self, name: str) -> Ended:
         """An act from its beginning to its end, waiting for leases of the dead."""
@@ -137,7 +163,9 @@ class Campaign:
         )
         with urllib.request.urlopen(asked, timeout=60) as answer:
             said = json.loads(answer.read())
-        assert said["version"] >= (self._promised or ""), said  # a publisher that was killed may have flipped first
+        assert said["version"] == self._served, said
+        known = dict(zip([*self.world.members[:5], ""], said["known"], strict=True))
+        assert not any(known[member] for member in {"", *self.gone} & known.keys()), said
 
     def play(self, kills: int) -> None:
         """Until so many were killed; about every second act is done again at once, the others wait for their turn."""
@@ -154,11 +182,13 @@ class Campaign:
         """All that is left, then a full regeneration: the store must not be able to tell the difference."""
         while self.done < len(self.pieces):
             self.whole(self.ingesting)
-        for settled in (False, True):
-            everything = self.world.all
-            check(self.read(), self.world, least=everything, most=everything, promised=self._promised, settled=settled)
-            if not settled:
-                self.whole("embed")
+        for name in ("forget", "rollout"):
+            self.whole(name)
+        everything, known = self.world.all, {"promised": self._promised, "gone": self.gone}
+        check(self.read(), self.world, least=everything, most=everything, **known)
+        self.whole("embed")
+        known["promised"] = self._promised
+        check(self.read(), self.world, least=everything, most=everything, settled=True, **known)
 
     # ----------------------------------------------------------------------------------------------------- looking
 
@@ -166,14 +196,33 @@ class Campaign:
         sure = pl.concat([self.world.later.head(0), *map(pl.read_parquet, self.pieces[: self.done])])
         maybe = pl.read_parquet(self.pieces[self.done]) if self.done < len(self.pieces) else None
         parts = self.done < len(self.pieces) and self.ingesting == "stream"  # events come in batches, files whole
-        there = check_log(self.run / "log", self.world, sure, maybe, parts=parts)
-        known = self.world.clicks(there)
+        if name == "forget" and not self._going and (going := self._next_to_go()) not in self.gone:
+            self._going = {going: self._known[going]}
+        if name == "forget" and ended.code == 0:
+            self.gone |= self._going.keys()
+            self._going = {}
+        away = {"gone": self.gone, "going": self._going.keys()}
+        there = check_log(self.run / "log", self.world, sure, maybe, parts=parts, **away)
+        self._known = known = self.world.clicks(there)
         for version in re.findall(r"Version (v\d{6}-[0-9a-f]{8}) is served", ended.said):
             self._promised = max(self._promised or "", version)
         if ended.code == 0:
             if name == self.ingesting and self.done < len(self.pieces):
-                assert maybe is not None and len(there) == len(sure) + len(maybe), f"{name} left rows out of the log"
+                assert maybe is not None
+                others = ~pl.col(TASK).cast(pl.String).is_in([*self.gone, *self._going, ""])
+                came, sent = there.filter(others), pl.concat([sure, maybe]).filter(others)
+                assert len(came) == len(sent), f"{name} left rows out of the log"
                 self.done += 1
-            if name != "serve":
+            if name not in ("serve", "forget"):
                 self._least = known
-        self.compared += check(self.read(), self.world, least=self._least, most=known, promised=self._promised)
+        least = self._least | dict.fromkeys(self._going, 0)
+        most = known | {member: max(clicks, known[member]) for member, clicks in self._going.items()}
+        contents = self.read()
+        self.compared += check(contents, self.world, least=least, most=most, promised=self._promised, **away)
+        self._served = contents.current(MODEL)
+        if ended.code == 0 and name in ("embed", "rollout"):
+            (artifact,) = (record["artifact"] for record in contents.records() if record["id"] == self._served)
+            assert artifact == self._model(), f"{name} ended, and the run folder has another model than what is served"
+            assert name == "embed" or artifact == self._target, "another model was rolled out"
+        if ended.code == 0 and name == "rollout":
+            self._target = None

@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, born: Nursery) -> World:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(shared / "world.lock"):
-        if not (shared / "world" / "digest.json").exists():
+        if not (shared / "world" / "digests.json").exists():
             worlds.make(shared / "world", born)
     return World(shared / "world")
 

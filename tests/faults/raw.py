@@ -3,6 +3,8 @@ reading, that shares no code with the first. Reads whole stores, and believes no
 
     LMDB       data.mdb: database `catalog` of JSON documents, `embeddings` of values that were upserted; runs/…: published ones
     Redis      PREFIX:{PREFIX}:catalog, a hash of the same documents; PREFIX:{TAG}:NUMBER:PLACE, hashes of values, and …:header
+
+Who was forgotten lies in LMDB's database `forgotten` and in PREFIX:{TAG}:forgotten. Rows that `erase/FILE` lists cannot be read any more.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.store.format import COLD_TEXT, check_of, read_run
+from tests.store.format import COLD_TEXT, check_of, id_hash, read_run
 
 COLD = ""  # stands for the id of a task type's cold embedding
 _NAME = "faults"  # of our own connections
@@ -110,7 +112,7 @@ def _document(raw: bytes) -> Any:
 
 def read_lmdb(path: Path) -> Contents:
     """The store in a folder. Not for a process that has it open already."""
-    contents = Contents()
+    contents, upserted = Contents(), dict[bytes, list[bytes]]()
     with lmdb.open(str(path), readonly=True, max_dbs=8, map_size=2**30) as environment:
         catalog, values = (
             environment.open_db(b"catalog", create=False),
@@ -129,7 +131,10 @@ def read_lmdb(path: Path) -> Contents:
                     prefix = struct.pack(">IH", record["number"], place)
                     for file in totals["types"].get(task_type, {"runs": []})["runs"]:
                         contents.left_over.remove(file)
+                        gone = set(contents.documents.get(f"erase/{file}", ()))
                         for each in read_run(path / "runs" / file):
+                            if each.row in gone:
+                                continue
                             name = each.raw.decode("utf-8", "surrogatepass")
                             own_bytes = (7 if len(each.raw) <= 400 else 39) + len(each.raw) + len(each.value)
                             kept[name] = _value(
@@ -137,9 +142,25 @@ def read_lmdb(path: Path) -> Contents:
                             )  # a later file hides an earlier one
             for key, raw in txn.cursor(values):
                 number, place = struct.unpack(">IH", key[:6])
+                if key[6:] == b"\x03":  # behind all values of its prefix
+                    _check_marks(raw, upserted.get(key[:6], []))
+                    continue
+                if key[6:] != b"\x02":
+                    upserted.setdefault(key[:6], []).append(key[7:] if key[6] == 0 else raw[_size(key, raw) :])
                 name, value = decode(key[:6], key[6:], raw, len(key) + len(raw))
                 contents.values.setdefault((number, place), {})[name] = value
     return contents
+
+
+def _check_marks(raw: bytes, ids: list[bytes]) -> None:
+    """The bits that say which ids may have an upsert."""
+    (count,), bits = struct.unpack("<Q", raw[:8]), raw[8:]
+    assert len(bits) in (2**12, 2**14, 2**16, 2**18)
+    assert count == sum(map(int.bit_count, bits))
+    for each in ids:
+        at = id_hash(each) * (8 * len(bits)) >> 64
+        if not bits[at // 8] >> at % 8 & 1:
+            raise Damaged(f"{each!r} has an upsert that is not marked")
 
 
 def read_redis(address: str) -> Contents:
@@ -159,7 +180,8 @@ def read_redis(address: str) -> Contents:
         for key in client.scan_iter(match=f"{prefix}:*", count=1000):
             found = re.fullmatch(rf"{re.escape(prefix)}:\{{\w+\}}:(\d+):(\d+)(:header)?", key.decode())
             if found is None:
-                if not re.match(rf"{re.escape(prefix)}:(\{{{re.escape(prefix)}\}}:catalog|model:)", key.decode()):
+                known = rf"{re.escape(prefix)}:(\{{{re.escape(prefix)}\}}:catalog|model:|\{{\w+\}}:forgotten$)"
+                if not re.match(known, key.decode()):
                     contents.left_over.append(key.decode())
                 continue
             number, place = int(found[1]), int(found[2])

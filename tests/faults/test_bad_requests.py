@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
+import socket
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import HealthCheck, given, settings
 from serving.process import Server, serving
 from serving.published import publish_small
 from tritonclient.grpc import service_pb2
@@ -28,6 +34,9 @@ from .conftest import FULL
 
 REQUESTS = 100_000 if FULL else 600
 THREADS = 8
+SLOW = 100  # connections
+BODY_S = 30.0  # as documented, for a body
+MADE = 1500 if FULL else 10  # requests for each operation described
 KEPT = 64 * 2**20
 """Bytes by which the server may have grown after the first third."""
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
@@ -63,14 +72,28 @@ class Sender:
         with (
             grpc.insecure_channel(self._server.grpc, [("grpc.use_local_subchannel_pool", 1)]) as channel,
             httpx.Client(base_url=self._server.url, timeout=60) as client,
+            closing(bad.Kept(self._server.address)) as kept,
         ):
             for place in range(number):
-                if choose.random() < 0.3:
+                chance = choose.random()
+                if chance < 0.3:
                     self._grpc(choose, channel)
+                elif chance < 0.65:
+                    self._kept(choose, kept)
                 else:
                     self._http(choose)
                 if place % 100 == 20:
                     self._good(channel, client)
+
+    def ask_until(self, until: float) -> None:
+        """Good ones alone, one at least."""
+        with (
+            grpc.insecure_channel(self._server.grpc, [("grpc.use_local_subchannel_pool", 1)]) as channel,
+            httpx.Client(base_url=self._server.url, timeout=60) as client,
+        ):
+            self._good(channel, client)
+            while time.monotonic() < until:
+                self._good(channel, client)
 
     def _http(self, choose: random.Random) -> None:
         asked = choose.choice(bad.HTTP)(choose)
@@ -82,8 +105,19 @@ class Sender:
             self._answers.note(asked.kind, str(status))
         head, _, body = answer.partition(b"\r\n\r\n")
         if len(statuses) == 1 and statuses[0] >= 400 and b"application/json" in head:
-            said = json.loads(body)["error"]
-            assert said.endswith((".", "?")), said
+            self._is_a_sentence(body)
+
+    def _kept(self, choose: random.Random, kept: bad.Kept) -> None:
+        asked = choose.choice(bad.FRAMED)(choose)
+        status, body = kept.send(asked)
+        assert status < 500 or status == 503, (asked.kind, asked.pieces, status, body)
+        self._answers.note(asked.kind, str(status))
+        if status >= 400:
+            self._is_a_sentence(body)
+
+    def _is_a_sentence(self, body: bytes) -> None:
+        said = json.loads(body)["error"]
+        assert said.endswith((".", "?")), said
 
     def _grpc(self, choose: random.Random, channel: grpc.Channel) -> None:
         if choose.random() < 0.03:
@@ -156,3 +190,77 @@ def test_bad_requests_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     print(f"{sum(statuses.values())} answers: {dict(statuses)}; {answers.good} good ones; {grown / 2**20:+.1f} MiB")
     assert statuses["400"] + statuses["INVALID_ARGUMENT"] > REQUESTS // 3, answers.counts
     assert answers.good >= REQUESTS // 200
+
+
+def test_slow_senders_in_crowds_hold_nobody_up(tmp_path: Path) -> None:
+    """Heads and bodies that come a byte at a time, on many connections at once: others are answered all the while, and a body
+    that takes too long is refused."""
+    publish_small(tmp_path)
+    expected, answers = expected_logits(tmp_path), Answers()
+    head, body = bad.http(b"", headers=["X: " + "x" * 10_000]), bad.http(bytes(10_000))
+    options = ["--port", 0, "--grpc-port", 0, "--timeout", 60, "--log-requests", "none"]
+    with serving("--store", tmp_path / "store", *options) as server, ExitStack() as stack:
+        host, _, port = server.address.rpartition(":")
+        slow = [stack.enter_context(socket.create_connection((host, int(port)), 60)) for _ in range(SLOW)]
+        sent = [head, body] * (SLOW // 2)
+        place = 200
+        for connection, whole in zip(slow, sent, strict=True):
+            connection.sendall(whole[:place])
+        asking = Sender(server, expected, answers, 0)
+        until = time.monotonic() + (BODY_S + 3 if FULL else 1.5)
+        with ThreadPoolExecutor(1) as pool:
+            good = pool.submit(asking.ask_until, until)
+            while time.monotonic() < until:
+                for connection, whole in zip(slow, sent, strict=True):
+                    with contextlib.suppress(OSError):  # refused by now
+                        connection.sendall(whole[place : place + 1])
+                place += 1
+                time.sleep(0.2)
+            good.result()
+        if FULL:
+            for connection in slow[1::2]:
+                assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+        for connection in slow:
+            connection.close()
+        Sender(server, expected, answers, 1).ask_until(0)
+        assert server.end() == 0, "".join(server.log)
+    assert "Traceback" not in "".join(server.log)
+    print(f"\n{answers.good} good answers beside {SLOW} slow senders")
+
+
+def test_what_is_made_from_the_description_is_answered_as_it_says(tmp_path: Path) -> None:
+    """schemathesis: requests made from the server's own /openapi.json, right ones and wrong ones."""
+    schemathesis = pytest.importorskip("schemathesis", reason="pip install 'limaml[dev]'")
+    publish_small(tmp_path)
+    options = ["--port", 0, "--timeout", 60, "--log-requests", "none"]
+    statuses = Counter[int]()
+    with serving("--store", tmp_path / "store", *options) as server, httpx.Client(timeout=60) as client:
+        document = client.get(f"{server.url}/openapi.json").json()
+        for operation in schemathesis.openapi.from_dict(document).get_all_operations():
+            right = operation.ok().as_strategy()
+            wrong = operation.ok().as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+
+            @settings(max_examples=MADE, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(right | wrong)
+            def ask(case: Any) -> None:
+                sent = case.as_transport_kwargs(base_url=server.url)
+                headers = {key: value for key, value in (sent.get("headers") or {}).items() if value.isascii()}
+                content = sent.get("data") if isinstance(sent.get("data"), str | bytes) else None
+                body = {"content": content} if sent.get("json") is None else {"json": sent["json"]}
+                try:
+                    asked = client.build_request(
+                        sent["method"], sent["url"], params=sent.get("params"), headers=headers, **body
+                    )
+                except (httpx.InvalidURL, ValueError):
+                    return  # the client knows no bytes for it
+                found = client.send(asked)
+                assert found.status_code < 500 or found.status_code == 503, (found.text, sent)
+                described = document["paths"].get(case.path, {}).get(case.method.lower(), {}).get("responses", {})
+                assert str(found.status_code) in {*described, "400", "404", "405"}, (found.status_code, sent)
+                statuses[found.status_code] += 1
+
+            ask()
+        assert client.get(f"{server.url}/v2/health/ready").status_code == 200
+        assert server.end() == 0, "".join(server.log)
+    assert "Traceback" not in "".join(server.log)
+    print(f"\n{statuses.total()} answers: {dict(statuses)}")

@@ -12,12 +12,13 @@ import lmdb
 import polars as pl
 import pytest
 
+import limaml
 from tests.store.format import Embedding, check_of, read_run
 
 from .checker import check, check_log
 from .processes import FULL, KILL, Nursery
 from .raw import read_lmdb
-from .world import MODEL, World, counted
+from .world import MODEL, TASK, World, counted
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,43 @@ def test_faults_in_documents_are_found(
                 changed = change(key, raw)
                 txn.delete(key) if changed is None else txn.put(key, changed)
     with pytest.raises(AssertionError, match=message):
+        looked(run, world)
+
+
+def test_who_was_forgotten_is_asked_for(published: Path, world: World) -> None:
+    half, _ = (pl.read_parquet(file) for file in world.pieces(published / "pieces", 2))
+    member = str(half[TASK][0])
+    with pytest.raises(AssertionError, match=f"has {member}, who was forgotten"):
+        looked(published, world, gone={member})
+    with pytest.raises(AssertionError, match="rows of who was forgotten"):
+        check_log(published / "log", world, half, gone={member})
+    there = check_log(published / "log", world, half, going={member})
+    assert there.sort(there.columns).equals(half.sort(half.columns))
+    check_log(published / "log", world, half.filter(pl.col(TASK) != int(member)), half, going={member}, parts=True)
+    with pytest.raises(AssertionError, match="rows that nobody sent"):
+        check_log(published / "log", world, half.filter(pl.col(TASK) != int(member)), going={member})
+
+
+def test_who_is_being_forgotten_may_be_anywhere_or_nowhere(published: Path, world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(published, tmp_path / "run"))
+    member = world.members[3]
+    with limaml.open_store(run / "store") as store:
+        store.forget(TASK, [member])
+    with pytest.raises(AssertionError, match=f"has lost {member}"):
+        looked(run, world)
+    looked(run, world, going={member})
+    looked(run, world, gone={member})
+
+
+def test_a_version_of_another_model_is_held_to_that_model(published: Path, world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(published, tmp_path / "run"))
+    with lmdb.open(str(run / "store"), max_dbs=8, map_size=2**30) as environment:
+        catalog = environment.open_db(b"catalog")
+        with environment.begin(write=True, db=catalog) as txn:
+            for key, raw in list(txn.cursor()):
+                if key.startswith(b"record/"):
+                    txn.put(key, raw.replace(world.digest.encode(), world.other_digest.encode()))
+    with pytest.raises(AssertionError, match="off by inf"):
         looked(run, world)
 
 

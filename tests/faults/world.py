@@ -1,7 +1,8 @@
 """Members who click one after the other, and what must be known of each after any number of their clicks.
 
 What must be there is worked out beside the product's chain: counts and times from the tables alone, vectors by one call of
-`MetaModel.embed` for each number of clicks, on the rows as they were made, never by way of a log, a window or a store.
+`MetaModel.embed` for each number of clicks, on the rows as they were made, never by way of a log, a window or a store. There are
+two models, so that one can be rolled out where the other is served.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +38,43 @@ class State:
     vector: NDArray[np.float32]
 
 
+class Known:
+    """What one model makes of a world."""
+
+    def __init__(self, world: World, model: Path) -> None:
+        self._world, self.model = world, model
+
+    @cached_property
+    def states(self) -> dict[str, list[State | None]]:
+        """Member → what is known of it after 0, 1, … of its later clicks; None while it was never seen."""
+        return _states(self._world, self.model)
+
+    @cached_property
+    def cold(self) -> NDArray[np.float32]:
+        return _cold(self.model)
+
+    @cached_property
+    def features(self) -> dict[str, NDArray[np.float32]]:
+        """Each member's own features as numbers."""
+        return _features(self._world, self.model)
+
+
 class World:
-    """A trained run folder (never written to: `copy` it), its past, and `later` clicks in order of time."""
+    """A trained run folder (never written to: `copy` it), its past, and `later` clicks in order of time; in `other`, another model."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.past = pl.read_parquet(folder / "past.parquet")
         self.later = pl.read_parquet(folder / "later.parquet")
-        self.digest = json.loads((folder / "digest.json").read_text())
-        self._states = _states(self)
-        self.members = sorted(self._states)
-        self.cold, self.features = _cold(self)
+        self.digest, self.other_digest = json.loads((folder / "digests.json").read_text())
+        models = {self.digest: folder / "run" / "model", self.other_digest: self.other / "model"}
+        self.known = {digest: Known(self, model) for digest, model in models.items()}
+        keys = pl.concat([self.past[TASK], self.later[TASK]]).unique()
+        self.members = sorted(map(str, keys))
+
+    @property
+    def other(self) -> Path:
+        return self.folder / "other"
 
     def copy(self, run: Path) -> Path:
         return Path(shutil.copytree(self.folder / "run", run))
@@ -60,10 +88,6 @@ class World:
             files.append(folder / f"piece-{place:02d}.parquet")
             self.later[start:end].write_parquet(files[-1])
         return files
-
-    def state(self, member: str, clicks: int) -> State | None:
-        """What is known of a member after so many of its later clicks; None if it was never seen."""
-        return self._states[member][clicks]
 
     def clicks(self, rows: pl.DataFrame) -> dict[str, int]:
         """Member → how many of its later clicks are among `rows`. They must be its first ones."""
@@ -96,25 +120,28 @@ def make(folder: Path, nursery: Nursery) -> None:
     made.items.write_parquet(folder / "items.parquet")
     options = ["--task", TASK, "--row", "item_id", "--time", "timestamp", "--label", "click"]
     options += ["--task-features", folder / "users.parquet", "--row-features", folder / "items.parquet"]
-    nursery.do("train", folder / "past.parquet", *options, "--out", folder / "run", *SMALL)
-    digest = limaml.load_model(folder / "run" / "model").digest
-    (folder / "digest.json").write_text(json.dumps(digest))
+    digests = []
+    for run, more in (("run", []), ("other", ["model.dim=6"])):
+        nursery.do("train", folder / "past.parquet", *options, "--out", folder / run, *SMALL, *more)
+        digests.append(limaml.load_model(folder / run / "model").digest)
+    (folder / "digests.json").write_text(json.dumps(digests))
 
 
-def _joined(world: World, rows: pl.DataFrame) -> pl.DataFrame:
+def joined(world: World, rows: pl.DataFrame) -> pl.DataFrame:
+    """Clicks with the features of their members and items."""
     tables = {TASK: world.folder / "users.parquet", "item_id": world.folder / "items.parquet"}
     return limaml.join_tables(rows, tables).frame
 
 
-def _states(world: World) -> dict[str, list[State | None]]:
-    trained = limaml.load_model(world.folder / "run" / "model")
+def _states(world: World, model: Path) -> dict[str, list[State | None]]:
+    trained = limaml.load_model(model)
     later = world.later.with_columns(place=pl.int_range(pl.len()).over(TASK))
     keys = pl.concat([world.past[TASK], world.later[TASK]]).unique().sort().to_list()
     states: dict[str, list[State | None]] = {str(key): [] for key in keys}
     most: dict[int, int] = dict(later.group_by(TASK).len().iter_rows())
     for clicks in range(max(most.values()) + 1):
         rows = pl.concat([world.past, later.filter(pl.col("place") < clicks).drop("place")])
-        data = trained.encoder.encode(_joined(world, rows))
+        data = trained.encoder.encode(joined(world, rows))
         vectors = trained.model.embed(data, TASK, TaskRows.of(data.index[TASK], data.count(TASK))).numpy()
         own = {key: (len(part), int(part["timestamp"].max())) for (key,), part in rows.group_by(TASK)}  # type: ignore[arg-type]
         for key in keys:
@@ -125,17 +152,22 @@ def _states(world: World) -> dict[str, list[State | None]]:
     return states
 
 
-def _cold(world: World) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
-    """The cold embedding of an unknown member, and each member's own features as numbers."""
+def _cold(model: Path) -> NDArray[np.float32]:
+    """The cold embedding of an unknown member."""
     import torch
 
-    trained = limaml.load_model(world.folder / "run" / "model")
+    trained = limaml.load_model(model)
     unknown = trained.encoder.unknown_features(TASK)
     with torch.no_grad():
-        cold = trained.model.cold_of(TASK, unknown, torch.arange(1))[0].numpy()
-    data = trained.encoder.encode(_joined(world, pl.concat([world.past, world.later])))
+        found: NDArray[np.float32] = trained.model.cold_of(TASK, unknown, torch.arange(1))[0].numpy()
+    return found
+
+
+def _features(world: World, model: Path) -> dict[str, NDArray[np.float32]]:
+    trained = limaml.load_model(model)
+    data = trained.encoder.encode(joined(world, pl.concat([world.past, world.later])))
     side = data.sides[TASK]
-    own = {
+    return {
         member: np.concatenate(
             [
                 side[spec.name][data.ids[TASK].index(member)].reshape(-1).float().numpy()
@@ -145,7 +177,6 @@ def _cold(world: World) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float
         )
         for member in world.members
     }
-    return cold, own
 
 
 def counted(world: World, pieces: Iterable[Path]) -> dict[str, int]:

@@ -45,6 +45,7 @@ class Embedding(NamedTuple):
     raw: bytes  # the id
     value: bytes
     offset: int  # of the value in the file
+    row: int
 
 
 def read_run(path: Path) -> Iterator[Embedding]:
@@ -73,4 +74,4 @@ def read_run(path: Path) -> Iterator[Embedding]:
         start = text + (span >> 24)
         raw = content[start : start + (span & 2**24 - 1)]
         assert id_hash(raw) == h
-        yield Embedding(raw, value, offset)
+        yield Embedding(raw, value, offset, row)
