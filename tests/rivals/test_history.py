@@ -51,16 +51,13 @@ def attention_by_loop(block: Attention, losses: Losses, rows: Tensor) -> Tensor:
     for row in rows.tolist():
         before = block.past.flat(torch.tensor([row]))[0].tolist()
         target = about(block.rows, data, row)
-        total = torch.zeros(block.rows.width + losses.heads)
+        total = torch.zeros((1 + losses.heads) * block.rows.width + losses.heads)
         for age, other in enumerate(reversed(before)):
             seen = about(block.rows, data, other)
             hidden = block.of_target(target) + block.of_past(seen) + block.of_product(target * seen)
             hidden = hidden + block.of_outcome(y[other]) + block.of_age.weight[age]
             weight = block.weight(nn.functional.silu(hidden))
-            value = block.seen(seen) + sum(
-                (y[other, i] * v(seen) for i, v in enumerate(block.valued)), torch.zeros(block.rows.width)
-            )
-            total = total + weight * torch.cat([value, y[other]])
+            total = total + weight * torch.cat([seen, *(went * seen for went in y[other]), y[other]])
         found.append(total / (len(before) + float(torch.exp(block.log_count))))
     return mean_by_loop(block, losses, rows) + block.attended(torch.stack(found))
 

@@ -105,10 +105,8 @@ class Attention(Mean):
         nn.init.normal_(self.of_age.weight, std=0.01)
         self.weight = nn.Linear(hidden, 1)
         nn.init.constant_(self.weight.bias, 0.5)  # attention to all starts above nothing
-        self.seen = nn.Linear(width, width, bias=False)
-        self.valued = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(heads))
         self.drop = nn.Dropout(dropout)
-        self.attended = nn.Linear(width + heads, dim, bias=False)
+        self.attended = nn.Linear((1 + heads) * width + heads, dim, bias=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         pooled: Tensor = super().forward(rows)
@@ -116,24 +114,24 @@ class Attention(Mean):
         y = self.outcomes(before)
         there = there.to(y.device)
         n, longest = there.shape
-        target = torch.zeros(n, self.rows.width, device=y.device)
-        for vectors, place in self.rows.distinct(self.past.data, rows):
-            target = target + vectors[place]
-        hidden = self.of_target(target)[:, None] + self.of_outcome(y) + self.of_age.weight[:longest]
-        seen = y.new_zeros(n, longest, self.rows.width)
-        value = seen
-        for vectors, place in self.rows.distinct(self.past.data, before):
-            looked = vectors[place]
-            seen = seen + looked
-            hidden = hidden + self.of_past(vectors)[place]
-            value = value + self.seen(vectors)[place]
-            for head, valued in enumerate(self.valued):
-                value = value + y[..., head, None] * valued(vectors)[place]
-        # (target ⊙ seen) W = seen (diag(target) W): the product is never laid out
-        hidden = hidden + torch.bmm(seen, target[:, :, None] * self.of_product.weight.t())
+        target = sum(
+            (v[place] for v, place in self.rows.distinct(self.past.data, rows)), y.new_zeros(n, self.rows.width)
+        )
+        looked = [
+            nn.functional.embedding(place, v) for v, place in self.rows.distinct(self.past.data, before) if len(v)
+        ]
+        seen = sum(looked[1:], looked[0]) if looked else y.new_zeros(n, longest, self.rows.width)
+        # (target ⊙ seen) W = seen (diag(target) W): one product per row of all that the hidden units read
+        of_seen = target[:, :, None] * self.of_product.weight.t() + self.of_past.weight.t()
+        of_outcome = self.of_outcome.weight.t().expand(n, -1, -1)
+        read = torch.cat([seen, y, y.new_ones(n, longest, 1)], 2)
+        hidden = torch.bmm(read, torch.cat([of_seen, of_outcome, self.of_target(target)[:, None]], 1))
+        hidden = hidden + self.of_age.weight[:longest]
         weight = self.weight(nn.functional.silu(hidden)) * there[..., None]
+        weights = torch.cat([weight, weight * y], 2)
         share = 1 / (there.sum(1, keepdim=True) + torch.exp(self.log_count))
-        summed = torch.bmm(weight.transpose(1, 2), torch.cat([value, y], -1))[:, 0] * share
+        sums = torch.bmm(weights.transpose(1, 2), seen).flatten(1)
+        summed = torch.cat([sums, weights[..., 1:].sum(1)], 1) * share
         attended: Tensor = self.attended(self.drop(summed))
         return pooled + attended
 
