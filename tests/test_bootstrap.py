@@ -81,6 +81,23 @@ def test_weights_equal_resampling_by_hand(seed: int, weighted: bool, loss: LossK
                 np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9, err_msg=metric)
 
 
+def test_rows_of_different_moments_are_not_ranked_with_each_other() -> None:
+    item = random_predictions(3, tasks=8, rows=200)
+    moment = np.random.default_rng(3).integers(0, 3, len(item))
+    pair = item.task.astype(np.int64) * 3 + moment
+    plain, cut = (bootstrap([each], replicates=20) for each in (item, dataclasses.replace(item, moment=moment)))
+    whole = metrics.gauc(pair, item.label, item.logit, item.row_weight)
+    assert cut.interval("m", "all", "gauc").value == pytest.approx(whole.value)
+    assert cut.interval("m", "all", "gauc_coverage").value == pytest.approx(whole.coverage)
+    assert cut.interval("m", "all", "gauc").value != plain.interval("m", "all", "gauc").value
+    assert cut.interval("m", "all", "auc") == plain.interval("m", "all", "auc")
+    drawn = task_weights(8, range(1), 0)[0][item.task.astype(np.int64)].astype(np.int64)  # the tasks are 0 … 7
+    rows = np.repeat(np.arange(len(item)), drawn)
+    copy = np.concatenate([np.arange(n) for n in drawn])
+    again = metrics.gauc(pair[rows] * 100 + copy, item.label[rows], item.logit[rows], item.row_weight[rows])
+    assert cut.values[0, 0, 0, cut.metrics.index("gauc"), 1] == pytest.approx(again.value)
+
+
 def test_draws_do_not_depend_on_grouping_and_sum_to_the_number_of_tasks() -> None:
     together = task_weights(50, range(10), 3)
     np.testing.assert_array_equal(together, np.concatenate([task_weights(50, range(r, r + 1), 3) for r in range(10)]))

@@ -22,6 +22,7 @@ from limaml.cli.embed import embed_command
 from limaml.cli.export import export_command
 from limaml.cli.recommend import recommend_command
 from limaml.cli.refresh import refresh_command
+from limaml.cli.replay import replay_command
 from limaml.cli.rollout import rollout_command
 from limaml.cli.score import score_command
 from limaml.cli.serve import serve_command
@@ -58,6 +59,7 @@ Then: train → embed → score or recommend → refresh. `limaml demo` shows it
 )
 app.command(data_app)
 app.command(compare_command, name="compare")
+app.command(replay_command, name="replay")
 app.command(tune_command, name="tune")
 app.command(train_command, name="train")
 app.command(embed_command, name="embed")

@@ -249,11 +249,12 @@ class _Cell:
             name: np.bincount(task, value, count).astype(np.float64) for name, value in columns.items()
         }
         if "gauc" in metrics or "gauc_coverage" in metrics:
-            each = task_auc(task, y, x, w)
-            sums["judged"] = np.zeros(count)
-            sums["judged"][each.task] = np.where(each.judged, each.impressions, 0.0)
-            sums["judged_auc"] = np.zeros(count)
-            sums["judged_auc"][each.task] = np.where(each.judged, each.impressions * np.nan_to_num(each.auc), 0.0)
+            moments = 1 if item.moment is None else int(item.moment.max(initial=0)) + 1
+            each = task_auc(task if item.moment is None else task * moments + item.moment[rows], y, x, w)
+            of_task = each.task.astype(np.int64) // moments
+            judged = np.where(each.judged, each.impressions, 0.0)
+            sums["judged"] = np.bincount(of_task, judged, count).astype(np.float64)
+            sums["judged_auc"] = np.bincount(of_task, judged * np.nan_to_num(each.auc), count).astype(np.float64)
         pairs = _Pairs.of(task, y, x, None if item.weight is None else w) if "auc" in metrics else None
         return _Cell(table.universe[inside], sums, pairs)
 

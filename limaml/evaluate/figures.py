@@ -29,6 +29,7 @@ __all__ = [
     "activity_figure",
     "calibration_figure",
     "embedding_figure",
+    "empty_figure",
     "gains_figure",
     "learning_figure",
     "method_name",
@@ -115,7 +116,7 @@ def gains_figure(summary: Summary, dataset: str, protocol: str, baseline: str, m
     methods = [m for m, b in summary.pairs(dataset, protocol) if b == baseline]
     buckets = (ALL, *QUARTILES)
     name = METRIC_NAMES[metric]
-    figure = _figure()
+    figure = empty_figure()
     for k, method in enumerate(methods):
         deltas = [summary.delta(dataset, protocol, method, baseline, bucket, metric) for bucket in buckets]
         shown = [(i, d) for i, d in enumerate(deltas) if d is not None and not math.isnan(d.delta)]
@@ -163,7 +164,7 @@ def gains_figure(summary: Summary, dataset: str, protocol: str, baseline: str, m
 
 def activity_figure(curve: ActivityCurve) -> Figure:
     """A metric against the number of support rows of a task, every method with its band."""
-    figure = _figure()
+    figure = empty_figure()
     positions = np.log1p(curve.mean)
     for method, style in method_styles(list(curve.values)).items():
         points = curve.values[method]
@@ -203,7 +204,7 @@ def activity_figure(curve: ActivityCurve) -> Figure:
 
 def learning_figure(curves: Sequence[Curve], which: Literal["train", "valid"]) -> Figure:
     """Training loss, or the validation metric, after each epoch: one line per seed; the kept epoch is marked."""
-    figure = _figure()
+    figure = empty_figure()
     styles = method_styles([c.method for c in curves])
     named: set[str] = set()
     titles = []
@@ -244,7 +245,7 @@ def learning_figure(curves: Sequence[Curve], which: Literal["train", "valid"]) -
 
 def calibration_figure(summary: Summary, dataset: str, protocol: str) -> Figure:
     """Mean prediction against mean label in bins of equal size; right predictions lie on the diagonal."""
-    figure = _figure()
+    figure = empty_figure()
     curves = [c for c in summary.calibration if (c.dataset, c.protocol) == (dataset, protocol)]
     styles = method_styles(summary.methods(dataset, protocol))
     numbers = [v for c in curves for v in (*c.predicted, *c.label)]
@@ -280,7 +281,7 @@ def calibration_figure(summary: Summary, dataset: str, protocol: str) -> Figure:
 
 def embedding_figure(points: MapPoints, colour: Literal["activity", "label"]) -> Figure:
     """The map of meta embeddings, one dot per task, coloured by support rows (logarithmic) or by mean label."""
-    figure = _figure()
+    figure = empty_figure()
     support = points.source.support[points.rows]
     label = points.source.mean_label[points.rows]
     ids = [html.escape(str(points.source.ids[row])) for row in points.rows]
@@ -322,7 +323,8 @@ def embedding_figure(points: MapPoints, colour: Literal["activity", "label"]) ->
     return figure
 
 
-def _figure() -> Figure:
+def empty_figure() -> Figure:
+    """A figure with the look of all pictures and nothing in it."""
     graph_objects = require("plotly.graph_objects", "report")
     figure = graph_objects.Figure()
     figure.update_layout(

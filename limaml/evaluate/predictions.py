@@ -31,7 +31,9 @@ class Predictions:
     `task` `[n]` holds integers or strings; `support` `[n]` the number of support rows of the row's task, the same for
     all rows of a task; `label` `[n]` is 0 or 1 for the binary loss and any finite number for the squared loss;
     `logit` `[n]` is the log-odds for the binary loss and the predicted value itself for the squared loss; `weight`
-    `[n]` is ≥ 0 and counts as 1 where it is not given. Anything `numpy.asarray` takes is accepted. Raises `DataError`
+    `[n]` is ≥ 0 and counts as 1 where it is not given. `moment` `[n]` numbers the states of a model that learns between
+    query rows: GAUC ranks a task's rows of one moment only, since what a model learns from a positive row lifts the task's
+    later rows, of which fewer are positive the more came before. Anything `numpy.asarray` takes is accepted. Raises `DataError`
     that lists every problem found.
     """
 
@@ -45,6 +47,7 @@ class Predictions:
     logit: Floats
     weight: Floats | None = None
     loss: LossKind = LossKind.BINARY
+    moment: Ints | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -55,6 +58,9 @@ class Predictions:
             if value is not None:
                 object.__setattr__(self, name, _numbers(name, value, problems))
         rows = {name: getattr(self, name).shape for name in self._columns()}
+        if self.moment is not None:
+            object.__setattr__(self, "moment", np.asarray(self.moment, dtype=np.int64))
+            rows["moment"] = self.moment.shape
         if any(len(shape) != 1 for shape in rows.values()) or len(set(rows.values())) > 1:
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in rows.items())
             problems.append(f"All arrays must be flat and equally long, but they have the shapes: {shapes}.")

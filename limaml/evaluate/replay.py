@@ -84,7 +84,7 @@ def replay(
     periods: int | None = None,
     period: str | None = None,
     start: int | None = None,
-    refreshes: int = 50,
+    refreshes: int = 15,
     seeds: int = 1,
     folder: Path | None = None,
     workers: int | None = None,
@@ -264,7 +264,8 @@ def _run_all(
 
 
 def _collect(plan: Plan, timeline: Timeline, dataset: str, policies: Sequence[str], seeds: int) -> Replayed:
-    rows = _rows(timeline, plan.periods)
+    streamed = any(POLICIES[name][1] == "stream" for name in policies)
+    rows = _rows(timeline, plan.periods, plan.refreshes if streamed else 1)
     predictions, costs, epochs = [], [], {}
     for seed in range(seeds):
         for name in policies:
@@ -290,7 +291,7 @@ def _collect(plan: Plan, timeline: Timeline, dataset: str, policies: Sequence[st
     )
 
 
-def _rows(timeline: Timeline, periods: Periods) -> Rows:
+def _rows(timeline: Timeline, periods: Periods, refreshes: int) -> Rows:
     cut, schema = periods.train_rows, timeline.schema
     task = schema.tasks[0].name
     index = timeline.plain.index[task].numpy()
@@ -304,8 +305,11 @@ def _rows(timeline: Timeline, periods: Periods) -> Rows:
         rows_before = np.bincount(index[: p.first], minlength=timeline.plain.count(task))
         there, owner = np.unique(index[p.first : p.last], return_inverse=True)
         quiet[p.first - cut : p.last - cut] = (rows_before[there] <= np.median(rows_before[there]))[owner]
+    time = timeline.plain.time.numpy()
+    parts = [len(part) for p in periods.periods for part in equal_parts(time[: p.last], p.first, refreshes)]
+    moment = np.repeat(np.arange(len(parts)), parts)
     support = np.bincount(index[:cut], minlength=timeline.plain.count(task))[index[cut:]]
-    return Rows(period, index[cut:], support, support == 0, new_row, quiet)
+    return Rows(period, moment, index[cut:], support, support == 0, new_row, quiet)
 
 
 def _notes(
@@ -326,6 +330,11 @@ def _notes(
         notes.append(f"The numbers in '{schema.time}' are taken as seconds since 1970.")
     if periods.left_out:
         notes.append(f"{periods.left_out} stretches of {periods.length} have no row and are no period.")
+    within = "between two refreshes of a policy that streams" if rows.moment.max() >= len(periods) else "in one period"
+    notes.append(
+        f"GAUC ranks a task's rows {within} with each other: across them, a policy that learns lifts rows that come after "
+        "positive ones, of which fewer are left."
+    )
     new = f"{rows.new_task.mean():.0%} of the served rows are of tasks without a training row"
     if rows.new_row is not None:
         new += f", {rows.new_row.mean():.0%} of a {schema.row} without one"

@@ -51,6 +51,10 @@ POLICIES: Mapping[str, tuple[str, Then]] = {
 
 FAMILIES = tuple(dict.fromkeys(family for family, _ in POLICIES.values()))
 
+GROWTH = 1.25
+"""A task of a further task type is adapted again when its rows are so many times those it was adapted on: one more row does
+not move an item that has a hundred, and what refreshing items costs does not hang on how often it is done."""
+
 PASSES = (1, 2, 4)
 """Passes over a period's rows that fine-tuning chooses from, on the last training rows."""
 
@@ -238,20 +242,29 @@ class Personalised(Policy):
         """Embed every task that has appeared."""
         data = self.view.before(rows)
         with self.watch:
-            self.tables = {
-                task: self.module.embed(data, task, TaskRows.of(data.index[task], data.count(task)))
-                for task in self.module.tasks
-            }
+            self.tables, self.adapted_on = {}, {}
+            for task in self.module.tasks:
+                among = TaskRows.of(data.index[task], data.count(task))
+                self.tables[task], self.adapted_on[task] = self.module.embed(data, task, among), among.size
 
     def refresh(self, period: Period) -> None:
-        """Adapt the tasks of the new rows again, each on its last rows; the blocks stay as they are."""
+        """Adapt the tasks of the new rows again, each on its last rows; the blocks stay as they are.
+
+        Tasks of the first type are adapted whenever they have a new row, those of others when their rows have grown by
+        `GROWTH`.
+        """
         data = self.view.before(period.last)
         with self.watch:
             tables = self.extended(self.tables, data)
             for task in self.module.tasks:
                 index, entries = data.index[task], data.count(task)
+                size = torch.bincount(index, minlength=entries)
                 touched = torch.zeros(entries, dtype=torch.bool)
                 touched[index[period.first :]] = True
+                before = torch.cat([self.adapted_on[task], size.new_zeros(entries - len(self.adapted_on[task]))])
+                if task != self.module.tasks[0]:
+                    touched &= size >= GROWTH * before
+                self.adapted_on[task] = torch.where(touched, size, before)
                 again = touched.nonzero().flatten()
                 among = TaskRows.of(index, entries, touched[index])
                 tables[task] = tables[task].index_copy(0, again, self.module.embed(data, task, among, again))

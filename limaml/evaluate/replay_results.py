@@ -58,6 +58,7 @@ class Rows:
     """What is known of each served row, all `[rows]`."""
 
     period: Ints
+    moment: Ints  # number of the stretch without a refresh that the row was served in
     task: Ints  # entry of the first task type
     support: Ints  # training rows of the row's task
     new_task: Mask
@@ -239,6 +240,7 @@ def predictions_of(
                     outputs[kept - (len(labels) - len(outputs))],  # ages begin with a later period
                     weights[kept] if weighted else None,
                     LossKind(label.loss),
+                    rows.moment[kept],
                 )
             )
     return found
