@@ -75,14 +75,12 @@ def compare_command(
 
     Next: `limaml train` with the same options trains the model to keep.
     """
-    sets = [*overrides, *([] if seeds is None else [f"compare.seeds={seeds}"])]
     if not implicit and (negatives is not None or sampling is not None):
         raise ConfigError("--negatives and --sampling say how implicit feedback is learned from: give --implicit, too.")
+    sets = [*overrides, *([] if seeds is None else [f"compare.seeds={seeds}"])]
     sets += [] if negatives is None else [f"compare.implicit.negatives={negatives}"]
     sets += [] if sampling is None else [f"compare.implicit.sampling={sampling}"]
-    settings = load_config(config, sets)
-    if implicit and not settings.compare.implicit.negatives:
-        settings = load_config(config, [*sets, f"compare.implicit.negatives={NEGATIVES}"])
+    settings = _completed(load_config(config, sets), implicit=implicit)
     ranking = settings.compare.implicit.negatives > 0
     heading("Reading")
     prepared = read_implicit(file, data) if ranking else read(file, data)
@@ -92,6 +90,20 @@ def compare_command(
         settings = search(prepared, settings, dataset, out, tune, workers)
     compared, summary = run_comparison(prepared, settings, dataset, out, workers=workers)
     publish_results(out, prepared, settings, compared, summary)
+
+
+def _completed(settings: Config, *, implicit: bool) -> Config:
+    """The settings with what implicit feedback has by default: negatives, and popularity among the methods."""
+    compared = settings.compare
+    chosen = "negatives" in compared.implicit.model_fields_set
+    if implicit and chosen and not compared.implicit.negatives:
+        raise ConfigError("Implicit feedback needs at least 1 negative for each positive: --negatives 4 draws four.")
+    if implicit and not chosen:
+        drawn = compared.implicit.model_copy(update={"negatives": NEGATIVES})
+        compared = compared.model_copy(update={"implicit": drawn})
+    if compared.implicit.negatives and "methods" not in compared.model_fields_set:
+        compared = compared.model_copy(update={"methods": ("popularity", *compared.methods)})
+    return settings.model_copy(update={"compare": compared})
 
 
 def run_comparison(
