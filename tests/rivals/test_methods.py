@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from rival_data import small_config, small_problem
 
 from limaml.evaluate.methods import DESCRIPTIONS, METHODS, fit_method
@@ -40,6 +41,21 @@ def test_test_labels_are_never_read(method: str, protocol: str, heads: int, task
         assert bool(fitted.outputs.isfinite().all())
         found.append(fitted.outputs)
     assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_features_there_is_still_who_and_how_it_went(method: str) -> None:
+    problem = small_problem()
+    bare = replace(problem.data, sides={side: {} for side in problem.data.sides})
+    bare = replace(bare, index={**bare.index, "row": torch.zeros(len(bare), dtype=torch.int64)})
+    fitted = fit_method(method, replace(problem, data=bare, specs=()), small_config(), seed=0, epochs=1)
+    assert bool(fitted.outputs.isfinite().all())
+    members = bare.index["user"][fitted.rows]
+    spread = max(float(fitted.outputs[members == m].std(correction=0).max()) for m in torch.unique(members).tolist())
+    assert spread < 1e-5  # nothing tells a member's test rows apart
+    told_apart = float(fitted.outputs.std(correction=0)) > 1e-5
+    chose_nothing = fitted.chosen.get("steps") == 0 or fitted.chosen.get("penalty of intercepts", 0.0) > 1e6
+    assert told_apart == (method not in ("base", "popularity") and not chose_nothing)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -28,7 +28,7 @@ class RowEncoder(nn.Module):
     """What a row of task type `task` is about → `[n, width]`: the sum of the embeddings of all its features.
 
     Features of the task itself are left out: they are the same in all its rows. Entries of other task types that have
-    been trained on have an embedding of their own.
+    been trained on have an embedding of their own; the others share one of zeros.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class RowEncoder(nn.Module):
         for table in self.ids.values():
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=scale)
+            nn.init.zeros_(table.weight[0])  # of entries nobody trained on: it says nothing, and is never moved
 
     @property
     def sides(self) -> list[str]:

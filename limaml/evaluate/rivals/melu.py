@@ -59,7 +59,12 @@ class Melu(nn.Module):
         own.update({f"mlp.{name}": p for name, p in block.mlp.named_parameters()})
         if isinstance(block, InteractionMLP):
             first = [cast(nn.Linear, layer).weight for layer in block.deep]
-            own.update({"first": torch.cat(first, 1), "first_bias": block.first_bias})
+            own.update(
+                {
+                    "first": torch.cat([block.first_bias.new_zeros(len(block.first_bias), 0), *first], 1),
+                    "first_bias": block.first_bias,
+                }
+            )
         return own
 
     def inputs(self, data: Interactions, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +78,10 @@ class Melu(nn.Module):
                 encoded = gather_parts(self.block.encode(features), place)
                 parts = encoded if parts is None else add_parts(parts, encoded)
         block = self.block
-        assert parts is not None
+        if parts is None:  # no features: there are biases to adapt, and the layers between them
+            return torch.zeros(len(rows), 0, device=self.device), torch.zeros(
+                len(rows), self.losses.heads, device=self.device
+            )
         if isinstance(block, CrossNetwork):
             linear, x0, crossed = parts
             assert x0 is not None and linear is not None
