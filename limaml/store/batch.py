@@ -29,7 +29,7 @@ from limaml.store.packing import (
     unpack,
     value_size,
 )
-from limaml.store.runs import LaterRun, Run, merge, sort_order, spans_of
+from limaml.store.runs import Embeddings, LaterEmbeddings, revision_of, sort_order, spans_of
 
 __all__ = [
     "Batch",
@@ -89,17 +89,17 @@ class Batch:
     """Values of distinct ids, ready to be stored. `stale` were superseded inside the batch."""
 
     layout: Layout
-    run: Run
-    text_size: int  # bytes of the run's ids
+    embeddings: Embeddings
+    text_size: int  # bytes of their ids
     stale: int = 0
 
     @property
     def nbytes(self) -> int:
-        return len(self.run) * (self.layout.size + 16) + self.text_size
+        return len(self.embeddings) * (self.layout.size + 16) + self.text_size
 
     @cached_property
     def raws(self) -> list[bytes]:
-        return [raw or b"" for raw in self.run.raws(slice(None))]
+        return [raw or b"" for raw in self.embeddings.raws()]
 
     @cached_property
     def names(self) -> list[bytes]:
@@ -109,7 +109,7 @@ class Batch:
     @cached_property
     def values(self) -> list[bytes]:
         """Values as they lie under the keys: an id that was hashed stands behind its value."""
-        rows = self.run.rows
+        rows = self.embeddings.rows
         values: list[bytes] = np.ascontiguousarray(rows).view(f"V{rows.shape[1]}")[:, 0].tolist()
         for row, raw in enumerate(self.raws):
             if len(raw) > LONGEST_PLAIN_ID:
@@ -166,34 +166,43 @@ def prepare(
         row = int(np.argmax((counts < 0) | (counts > MAX_COUNT)))
         raise StoreError(f"The count of {layout.where(ids[row])} is {counts[row]}; it must be from 0 to {MAX_COUNT}.")
     texts = texts_of(layout, ids)
-    hashes = texts.hashes()
-    raw = texts.raw
+    hashes, spans, raw = texts.hashes(), spans_of(texts), texts.raw
     order = sort_order(
-        hashes, lambda row: raw[(at := int(texts.starts[row])) : at + int(texts.lengths[row])], counts, times
+        hashes,
+        lambda row: raw[(at := int(texts.starts[row])) : at + int(texts.lengths[row])],
+        lambda row: (int(counts[row]), int(times[row])),
     )
     single = finite(array, layout.dtype, ids, f"{layout.task_type} ")
-    hashes, spans, size = hashes[order], spans_of(texts)[order], len(raw) - 8
+    if len(order) < n:
+        kept, order = np.sort(order), np.argsort(hashes[np.sort(order)])
+        single, counts, times, hashes, spans = single[kept], counts[kept], times[kept], hashes[kept], spans[kept]
 
     def packed(start: int, stop: int) -> NDArray[np.uint8]:
-        some = order[start:stop]
-        rows = pack(single[some], counts[some], times[some], layout.dtype)
-        return seal(rows, hashes[start:stop] + np.uint64(layout.seed))
+        some = slice(start, stop)
+        return seal(pack(single[some], counts[some], times[some], layout.dtype), hashes[some] + np.uint64(layout.seed))
 
+    size, stale = len(raw) - 8, n - len(order)
     if later:
         none = np.empty((0, layout.size), np.uint8)
-        return Batch(layout, LaterRun(hashes, none, spans, raw, pack=packed), size, n - len(order))
-    return Batch(layout, Run(hashes, packed(0, len(order)), spans, raw), size, n - len(order))
+        return Batch(layout, LaterEmbeddings(hashes, none, spans, raw, order=order, pack=packed), size, stale)
+    return Batch(layout, Embeddings(hashes, packed(0, len(order)), spans, raw, order=order), size, stale)
 
 
 def merged(batches: Sequence[Batch]) -> Batch:
     """Batches of one layout as one, in memory."""
     if len(batches) == 1:
         return batches[0]
-    layout, total = batches[0].layout, sum(len(batch.run) for batch in batches)
-    (run,) = merge([batch.run for batch in batches], [batch.text_size for batch in batches], max(1, total))
-    text = b"".join(batch.run.text[: batch.text_size] for batch in batches)
-    stale = sum(batch.stale for batch in batches) + total - len(run)
-    return Batch(layout, Run(run.hashes, run.rows, run.spans, text + bytes(8)), len(text), stale)
+    layout, parts = batches[0].layout, [batch.embeddings for batch in batches]
+    bases = np.cumsum([0, *(batch.text_size for batch in batches[:-1])]).tolist()
+    whole = Embeddings(
+        np.concatenate([part.hashes for part in parts]),
+        np.concatenate([part.part(0, len(part)).rows for part in parts]),
+        np.concatenate([part.spans + np.uint64(base << 24) for part, base in zip(parts, bases, strict=True)]),
+        (text := b"".join(batch.embeddings.text[: batch.text_size] for batch in batches)) + bytes(8),
+    )
+    order = sort_order(whole.hashes, lambda row: whole.raws([row])[0], lambda row: revision_of(whole.rows[row]))
+    stale = sum(batch.stale for batch in batches) + len(whole) - len(order)
+    return Batch(layout, whole.where(np.sort(order)), len(text), stale)
 
 
 def texts_of(layout: Layout, ids: Sequence[str]) -> Texts:
@@ -383,4 +392,4 @@ def _whole(numbers: NDArray[np.int64], what: str, n: int, whose: str) -> NDArray
         )
     if array.dtype == np.uint64 and n and array.max() > np.uint64(2**63 - 1):
         raise StoreError(f"The {what} of {whose} has {array.max()}, which is above the largest 64-bit integer.")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)

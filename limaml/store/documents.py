@@ -26,8 +26,6 @@ __all__ = ["Documents", "Transactions"]
 
 T = TypeVar("T")
 
-_LAYOUT = 2
-
 
 class Transactions(Protocol):
     """Where a store's documents are. Each call of `work` sees one state; what it writes is in whole, or not, or tried again."""
@@ -46,8 +44,10 @@ class Transactions(Protocol):
 class Documents:
     """Reads and writes documents; every method but `check_layout` works in its caller's transaction."""
 
-    def __init__(self, environment: Transactions) -> None:
+    def __init__(self, environment: Transactions, layout: int) -> None:
+        """`layout`: the number of the form in which the backend keeps everything."""
         self._environment = environment
+        self._layout = layout
 
     def save(self, txn: Any, record: Record) -> None:
         txn.put(catalog_key("record", record.model, record.id), dump(record), db=self._environment.catalog)
@@ -119,15 +119,16 @@ class Documents:
 
         def begin(txn: Any) -> None:
             if txn.get(b"layout", db=environment.catalog) is None:
-                txn.put(b"layout", json.dumps({"layout": _LAYOUT, "next": 1}).encode(), db=environment.catalog)
+                txn.put(b"layout", json.dumps({"layout": self._layout, "next": 1}).encode(), db=environment.catalog)
 
         found = environment.read(work)
         if found is None:
             environment.write(begin)
-        elif found.get("layout") != _LAYOUT:
+        elif found.get("layout") != self._layout:
+            older = found.get("layout") < self._layout
             raise StoreError(
-                f"The store {self._environment.path} has layout {found.get('layout')!r}; this version of limaml knows "
-                f"{_LAYOUT}: update limaml."
+                f"The store {self._environment.path} has layout {found.get('layout')!r}; this version of limaml knows {self._layout}: "
+                + ("publish to a new store (`limaml embed`), and serve that one." if older else "update limaml.")
             )
 
     def save_totals(self, txn: Any, record: Record, totals: Totals) -> None:

@@ -46,26 +46,34 @@ def hash_one(raw: bytes) -> int:
 
 
 class Texts:
-    """Ids in UTF-8, one behind the other and 8 zeros: `raw`; where each begins and how long it is: `starts`, `lengths [n]`."""
+    """Ids in UTF-8, one behind the other with at most a zero between, and 8 zeros: `raw`; where each begins and how long it is:
+    `starts`, `lengths [n]`."""
 
     __slots__ = ("lengths", "raw", "starts")
 
-    def __init__(self, raw: bytes, lengths: NDArray[np.int64]) -> None:
-        self.raw, self.lengths = raw + bytes(8), lengths
-        self.starts = np.cumsum(lengths) - lengths
+    def __init__(self, raw: bytes, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        self.raw, self.starts, self.lengths = raw + bytes(8), starts, lengths
 
     @staticmethod
     def of(ids: Sequence[str]) -> Texts:
         """Raises `TypeError` if one of them is no string."""
-        joined = "".join(ids)
-        raw = id_bytes(joined)
-        if len(raw) == len(joined):
-            return Texts(raw, np.fromiter(map(len, ids), np.int64, len(ids)))
-        return Texts.of_bytes([id_bytes(each) for each in ids])
+        raw = id_bytes("\0".join(ids))
+        # to look for what stands between takes a third of the time of asking each id for its length
+        ends = (
+            np.append(np.flatnonzero(np.frombuffer(raw, np.uint8) == 0), len(raw))
+            if len(ids)
+            else np.empty(0, np.int64)
+        )
+        if len(ends) != len(ids):  # an id has a zero of its own
+            return Texts.of_bytes([id_bytes(each) for each in ids])
+        starts = np.zeros_like(ends)
+        starts[1:] = ends[:-1] + 1
+        return Texts(raw, starts, ends - starts)
 
     @staticmethod
     def of_bytes(raws: Sequence[bytes]) -> Texts:
-        return Texts(b"".join(raws), np.fromiter(map(len, raws), np.int64, len(raws)))
+        lengths = np.fromiter(map(len, raws), np.int64, len(raws))
+        return Texts(b"".join(raws), np.cumsum(lengths) - lengths, lengths)
 
     def hashes(self) -> NDArray[np.uint64]:
         return hash_many(np.frombuffer(self.raw, np.uint8), self.starts, self.lengths)
@@ -84,7 +92,11 @@ def hash_many(padded: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDA
     h = lengths.astype(np.uint64) * _FACTOR
     shortest, longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
     for done in range(0, longest, 8):
-        if shortest > done:  # all have a word more
+        if shortest >= done + 8:  # all have a whole word more
+            h ^= words[starts + done]
+            h *= _FACTOR
+            h ^= h >> _HALF
+        elif shortest > done:
             h ^= words[starts + done] & _LOW[np.minimum(lengths - done, 8)]
             h *= _FACTOR
             h ^= h >> _HALF

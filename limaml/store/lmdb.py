@@ -48,25 +48,30 @@ from limaml.store.hashing import check_one, hash_one, hashes_of, id_bytes
 from limaml.store.lease import Lease
 from limaml.store.lmdb_values import (
     Change,
+    check_run,
     held,
     hide,
     key_prefix,
     payload,
     remove_some,
     upsert,
+    value_row,
     verify,
     walk,
     write_cold,
 )
 from limaml.store.model_folders import ModelFolders
 from limaml.store.packing import COLD, LONGEST_PLAIN_ID, checks, checksum, newer, revisions, unpack_one
+from limaml.store.run_files import RunFile
 from limaml.store.run_folder import RunFolder
-from limaml.store.runs import Run, merge
+from limaml.store.runs import Embeddings, ids_at
+from limaml.store.upsert_marks import marked
 from limaml.store.version import catalog_key, layouts_of, state_of
 
 __all__ = ["LmdbStore"]
 
 _T = TypeVar("_T")
+_LAYOUT = 3
 _REMOVED_PER_STEP = 20_000
 _BUFFER = 256 * 2**20
 """Bytes of a publication that are gathered: what fits is one file; what does not is merged into one at the end."""
@@ -77,7 +82,7 @@ class _View:
     """What reading one task type of one version needs."""
 
     layout: Layout
-    runs: tuple[Run, ...]
+    runs: tuple[RunFile, ...]
 
 
 class LmdbStore(CataloguedStore):
@@ -101,7 +106,7 @@ class LmdbStore(CataloguedStore):
             self.path.mkdir(parents=True, exist_ok=True)
         self.environment = acquire(self.path, map_size)
         self._closed = False
-        self._catalog = Documents(self.environment)
+        self._catalog = Documents(self.environment, _LAYOUT)
         self._buffer_bytes = buffer_bytes
         self._views: dict[tuple[str, str], _View] = {}
         self.runs = RunFolder(self.path / "runs")
@@ -155,9 +160,10 @@ class LmdbStore(CataloguedStore):
             return self._view(txn, layout)
 
         view = self._reading(begin)
-        for piece in self._merged(view, limit):
-            raws = [raw or b"" for raw in piece.raws(slice(None))]
-            yield from self._reading(lambda txn, raws=raws: self._known(txn, view, raws))  # type: ignore[misc]
+        for run in view.runs:  # a version that is ready has one file, or none
+            for start in range(0, len(run.rows), limit):
+                raws = [raw for raw in ids_at(run.text, run.base, run.spans[start : start + limit]) if raw is not None]
+                yield from self._reading(lambda txn, raws=raws: self._known(txn, view, raws))  # type: ignore[misc]
         after: bytes | None = None
         while True:
 
@@ -201,8 +207,7 @@ class LmdbStore(CataloguedStore):
             counts = {}
             for layout in layouts_of(record).values():
                 tally = totals.of(layout.task_type)
-                runs, sizes = self._open(layout, tally)
-                counts[layout.task_type] = verify(txn, environment.values, layout, tally, runs, sizes)
+                counts[layout.task_type] = verify(txn, environment.values, layout, tally, self._open(layout, tally))
             return counts
 
         return self._reading(work)
@@ -226,10 +231,10 @@ class LmdbStore(CataloguedStore):
                     f"Version {version} of model '{model}' is {state_of(record)}: it cannot be written to."
                 )
             banned = tombstones.holds(txn, environment, layout.task_type, batch.raws)
-            allowed = replace(batch, run=batch.run.where(~np.array(banned))) if any(banned) else batch
+            allowed = replace(batch, embeddings=batch.embeddings.where(~np.array(banned))) if any(banned) else batch
             totals = self._catalog.totals(txn, record).seen(watermark)
             tally = totals.of(layout.task_type)
-            tally, applied = upsert(txn, environment.values, allowed, tally, self._open(layout, tally)[0])
+            tally, applied = upsert(txn, environment.values, allowed, tally, self._open(layout, tally))
             self._catalog.save_totals(txn, record, totals.having(layout.task_type, tally))
             return Stored(applied, {raw for raw, is_banned in zip(batch.raws, banned, strict=True) if is_banned})
 
@@ -245,10 +250,10 @@ class LmdbStore(CataloguedStore):
                     self._catalog.totals(txn, record),
                 )
             )
-            earlier, _ = self._open(layout, totals.of(layout.task_type))
+            earlier = self._open(layout, totals.of(layout.task_type))
             adding = _Adding(layout, earlier, banned)
             name, written = self.runs.write(
-                layout, [batch.run for batch in batches], [batch.text_size for batch in batches], adding.choose
+                layout, [batch.embeddings for batch in batches], [batch.text_size for batch in batches], adding.choose
             )
             if not written.rows:
                 self.runs.remove([name])
@@ -257,10 +262,10 @@ class LmdbStore(CataloguedStore):
 
             def work(
                 txn: Any,
-                new: Run = new,
+                new: RunFile = new,
                 name: str = name,
                 adding: _Adding = adding,
-                earlier: tuple[Run, ...] = earlier,
+                earlier: tuple[RunFile, ...] = earlier,
                 total: int = written.checksum,
             ) -> Stored | None:
                 found = self._catalog.find(txn, record.model, record.id)
@@ -273,7 +278,7 @@ class LmdbStore(CataloguedStore):
                 totals = self._catalog.totals(txn, found)
                 tally = totals.of(layout.task_type)
                 change = Change(adding.fresh, total - adding.replaced, adding.bytes)
-                change, hidden, _ = hide(txn, environment.values, layout, new, earlier, change)
+                change, hidden = hide(txn, environment.values, layout, new, earlier, change)
                 tally = replace(change.on(tally), runs=(*tally.runs, name))
                 self._catalog.save_totals(txn, found, totals.having(layout.task_type, tally))
                 return Stored(len(new) - hidden, adding.forgotten)
@@ -299,8 +304,10 @@ class LmdbStore(CataloguedStore):
                 old = totals.of(layout.task_type).runs
                 if len(old) < 2:
                     break
-                runs, sizes = self._open(layout, totals.of(layout.task_type))
-                name, _ = self.runs.write(layout, runs, sizes, lambda piece: np.ones(len(piece), np.bool_))
+                runs = self._open(layout, totals.of(layout.task_type))
+                for run in runs:
+                    check_run(layout, run)
+                name = self.runs.merge(layout, runs)
 
                 def work(txn: Any, name: str = name, before: int = before, layout: Layout = layout) -> bool:
                     totals = self._catalog.totals(txn, record)
@@ -332,15 +339,15 @@ class LmdbStore(CataloguedStore):
                     if task_type not in owners(layout.task_type):
                         continue
                     tally = totals.of(layout.task_type)
-                    runs, _ = self._open(layout, tally)
+                    runs = self._open(layout, tally)
                     table, found = self._held(txn, layout, raws, runs, lenient=True)
                     there = [raws[row] for row in np.flatnonzero(found).tolist()]
                     for name in names_of(layout, list(map(text_of, there))):
                         txn.delete(name, db=environment.values)
                     for file, run in zip(tally.runs, runs, strict=True):
-                        rows = run.find(raws, hashes)
-                        if (rows >= 0).any():
-                            tombstones.to_erase(txn, environment, file, rows[rows >= 0].tolist())
+                        places = run.find(raws, hashes)
+                        if (places >= 0).any():
+                            tombstones.to_erase(txn, environment, file, places[places >= 0].tolist())
                     size = sum(
                         len(name) + layout.size + (len(raw) if name[len(layout.prefix)] else 0)
                         for name, raw in zip(names_of(layout, list(map(text_of, there))), there, strict=True)
@@ -445,17 +452,12 @@ class LmdbStore(CataloguedStore):
                 self._views[layout.version, layout.task_type] = found
         return found
 
-    def _runs(self, txn: Any, layout: Layout) -> tuple[Run, ...]:
+    def _runs(self, txn: Any, layout: Layout) -> tuple[RunFile, ...]:
         record = self._catalog.find(txn, layout.model, layout.version)
-        return self._open(layout, self._catalog.totals(txn, record).of(layout.task_type))[0]
+        return self._open(layout, self._catalog.totals(txn, record).of(layout.task_type))
 
-    def _open(self, layout: Layout, tally: Tally) -> tuple[tuple[Run, ...], list[int]]:
-        runs = tuple(self.runs.run(layout, name) for name in tally.runs)
-        return runs, [self.runs.text_size(layout, name) for name in tally.runs]
-
-    def _merged(self, view: _View, limit: int) -> Iterator[Run]:
-        (run,) = view.runs or (None,)  # a version that is ready has one file, or none
-        return iter(()) if run is None else merge([run], [0], limit)
+    def _open(self, layout: Layout, tally: Tally) -> tuple[RunFile, ...]:
+        return tuple(self.runs.run(layout, name) for name in tally.runs)
 
     def _known(self, txn: Any, view: _View, raws: list[bytes]) -> list[tuple[list[str], Lookup]]:
         """The embeddings of ids that a run has, as they are now."""
@@ -467,7 +469,7 @@ class LmdbStore(CataloguedStore):
         return [(ids, _look(txn, view, ids, False))] if ids else []
 
     def _held(
-        self, txn: Any, layout: Layout, raws: list[bytes], runs: Sequence[Run], lenient: bool = False
+        self, txn: Any, layout: Layout, raws: list[bytes], runs: Sequence[RunFile], lenient: bool = False
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         names = names_of(layout, list(map(text_of, raws)))
         upserted = [txn.get(name, db=self.used().values) for name in names]
@@ -506,25 +508,25 @@ class LmdbStore(CataloguedStore):
 class _Adding:
     """Chooses what of a publication is stored, beside what was stored before; and counts."""
 
-    def __init__(self, layout: Layout, earlier: Sequence[Run], banned: tombstones.Banned) -> None:
+    def __init__(self, layout: Layout, earlier: Sequence[RunFile], banned: tombstones.Banned) -> None:
         self.layout, self.earlier, self.banned = layout, earlier, banned
         self.forgotten: set[bytes] = set()
         self.fresh = self.replaced = self.bytes = 0
 
-    def choose(self, piece: Run) -> NDArray[np.bool_]:
+    def choose(self, piece: Embeddings) -> NDArray[np.bool_]:
         gone = self.banned.mask(piece)
         wanted = ~gone
         if gone.any():
             self.forgotten |= {raw or b"" for raw in piece.raws(np.flatnonzero(gone))}
         found = np.zeros(len(piece), np.bool_)
         if self.earlier:
-            raws = [raw or b"" for raw in piece.raws(slice(None))]
+            raws = [raw or b"" for raw in piece.raws()]
             old, found = held(self.layout, raws, piece.hashes, [None] * len(raws), self.earlier)
             wanted &= ~found | newer(*revisions(piece.rows), *revisions(old))
             self.replaced += checksum(checks(old[wanted & found]))
         fresh = wanted & ~found
         self.fresh += int(fresh.sum())
-        self.bytes += payload(self.layout, piece if fresh.all() else piece.where(fresh))
+        self.bytes += payload(self.layout, piece.spans if fresh.all() else piece.spans[fresh])
         return wanted
 
 
@@ -539,18 +541,18 @@ def _look(txn: Any, view: _View, ids: Sequence[str], fill: bool) -> Lookup:
         table, found = held(layout, raws, hashes, _upserts_of(txn, layout, raws), runs)
         table = table[found]
     else:
-        rows = runs[0].find(raws, hashes)
-        found = rows >= 0
-        upserted = _upserts_of(txn, layout, raws) if _upserted(txn, layout) else []
+        places = runs[0].find(raws, hashes)
+        found = places >= 0
+        some = marked(txn, layout, hashes).tolist()
+        upserted = _upserts_of(txn, layout, [raws[row] for row in some])
         if upserted.count(None) < len(upserted):
-            newer_rows = [row for row, value in enumerate(upserted) if value is not None]
-            some = [raws[row] for row in newer_rows], hashes[newer_rows], [upserted[row] for row in newer_rows]
-            found[newer_rows] = True
-            table = runs[0].rows[rows] if len(runs[0]) else np.zeros((n, layout.size), np.uint8)
-            table[newer_rows] = held(layout, *some, ())[0]
+            table = runs[0].rows[places] if len(runs[0].rows) else np.zeros((n, layout.size), np.uint8)
+            for row, value in zip(some, upserted, strict=True):
+                if value is not None:
+                    table[row], found[row] = value_row(layout, raws[row], value), True
             table = table if found.all() else table[found]
         else:
-            table = runs[0].rows[rows if found.all() else rows[found]]
+            table = runs[0].rows[places if found.all() else places[found]]
     check_table(
         layout, table, hashes if len(table) == n else hashes[found], lambda row: ids[int(np.flatnonzero(found)[row])]
     )
@@ -564,12 +566,6 @@ def _upserts_of(txn: Any, layout: Layout, raws: list[bytes]) -> list[bytes | Non
     return [txn.get(name_of(layout.prefix, raw)) for raw in raws]
 
 
-def _upserted(txn: Any, layout: Layout) -> bool:
-    """Whether there are any upserts of a task type: most requests after a publication need not look for them."""
-    with txn.cursor() as cursor:
-        return bool(cursor.set_range(layout.prefix)) and cursor.key() < layout.prefix + COLD
-
-
 def _look_for_one(txn: Any, view: _View, raw: bytes) -> Lookup | None:
     """A look-up of a single id, which is what an online model asks for, without steps over arrays; `None` if it is not there."""
     layout = view.layout
@@ -577,8 +573,8 @@ def _look_for_one(txn: Any, view: _View, raw: bytes) -> Lookup | None:
     if value is not None:
         if len(value) != layout.size:  # an id that was hashed, or damage
             return None
-    elif view.runs and (row := view.runs[0].find_one(raw, h)) >= 0:
-        value = view.runs[0].rows[row].tobytes()
+    elif view.runs and (place := view.runs[0].find_one(raw, h)) >= 0:
+        value = view.runs[0].rows[place].tobytes()
     else:
         return None
     if check_one(value, h + layout.seed) != int.from_bytes(value[-4:], "little"):

@@ -22,7 +22,7 @@ __all__ = ["DEFAULT_BUFFER", "BufferedPublication", "Target"]
 DEFAULT_BUFFER = 64 * 2**20
 """Bytes that are gathered before they are written; pieces this large are written in the order of keys."""
 
-_AT_ONCE = 64 * 2**20
+_AT_ONCE = 32 * 2**20
 
 
 class Target(Protocol):

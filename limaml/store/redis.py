@@ -35,6 +35,7 @@ from limaml.store.version import catalog_key, layouts_of
 
 __all__ = ["RedisStore"]
 
+_LAYOUT = 2
 _AT_ONCE = 4096
 """Embeddings of a publication in one script: a server answers nobody else meanwhile."""
 
@@ -43,7 +44,7 @@ class _Documents(RedisDocuments):
     """Counts and checksums lie with the embeddings; the catalogue has the watermark."""
 
     def __init__(self, server: Server, values: Values) -> None:
-        super().__init__(server)
+        super().__init__(server, _LAYOUT)
         self._values = values
 
     def totals(self, txn: Any, record: Record) -> Totals:
@@ -157,8 +158,8 @@ class RedisStore(CataloguedStore):
     def write_published(self, record: Record, layout: Layout, batches: Sequence[Batch]) -> Stored:
         self.used()
         whole, applied, forgotten = merged(batches), 0, set[bytes]()
-        for start in range(0, len(whole.run), _AT_ONCE):
-            part = replace(whole, run=whole.run.part(start, start + _AT_ONCE))
+        for start in range(0, len(whole.embeddings), _AT_ONCE):
+            part = replace(whole, embeddings=whole.embeddings.part(start, start + _AT_ONCE))
             stored, left_out = self._values.write(part)
             applied, forgotten = applied + stored, forgotten | left_out
         return Stored(applied, forgotten)

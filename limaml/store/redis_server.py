@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from limaml.errors import StoreError, require
+from limaml.errors import StoreDown, StoreError, require
 from limaml.store.documents import Documents
 
 __all__ = ["Address", "RedisDocuments", "Server", "parse_address"]
@@ -235,7 +235,7 @@ class Server:
             errors.RedisClusterException,
             OSError,
         ) as error:
-            raise StoreError(
+            raise StoreDown(
                 f"The store {self.path} does not answer: {str(error).rstrip('.')}. See whether the server runs and the address is "
                 f"right (an answer is waited for {self.address.timeout:g} s); a change that was under way may have been made."
             ) from error

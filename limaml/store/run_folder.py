@@ -9,17 +9,19 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from limaml.errors import StoreError
 from limaml.store.batch import Layout
-from limaml.store.run_files import Written, erase, open_run, write_run
-from limaml.store.runs import Run
+from limaml.store.run_files import RunFile, Written, erase, merge_runs, open_run, write_run
+from limaml.store.runs import Embeddings
 
 __all__ = ["RunFolder"]
 
+_T = TypeVar("_T")
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -28,26 +30,43 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: dict[str, tuple[Run, int]] = {}
+        self._open: dict[str, RunFile] = {}
         self._guard = threading.Lock()
 
-    def run(self, layout: Layout, name: str) -> Run:
-        return self._opened(layout, name)[0]
-
-    def text_size(self, layout: Layout, name: str) -> int:
-        return self._opened(layout, name)[1]
+    def run(self, layout: Layout, name: str) -> RunFile:
+        found = self._open.get(name)
+        if found is not None:
+            return found
+        try:
+            found = open_run(self.path / name, layout.size)
+        except ValueError as error:
+            raise StoreError(
+                f"Version {layout.version} of model '{layout.model}' is damaged: {error}. Roll back to another version, or "
+                "publish this one again."
+            ) from error
+        with self._guard:
+            for other in [each for each in self._open if not (self.path / each).exists()]:
+                del self._open[other]  # removed by another process: the disk gets its room back
+            self._open[name] = found
+        return found
 
     def write(
         self,
         layout: Layout,
-        runs: Sequence[Run],
+        parts: Sequence[Embeddings],
         text_sizes: Sequence[int],
-        choose: Callable[[Run], NDArray[np.bool_]],
+        choose: Callable[[Embeddings], NDArray[np.bool_]],
     ) -> tuple[str, Written]:
+        return self._written(layout, lambda path: write_run(path, parts, text_sizes, layout.size, choose))
+
+    def merge(self, layout: Layout, runs: Sequence[RunFile]) -> str:
+        return self._written(layout, lambda path: merge_runs(path, runs, layout.size))[0]
+
+    def _written(self, layout: Layout, work: Callable[[Path], _T]) -> tuple[str, _T]:
         name = f"{self._stem(layout)}-{secrets.token_hex(4)}"
         try:
             self.path.mkdir(exist_ok=True)
-            return name, write_run(self.path / name, runs, text_sizes, layout.size, choose)
+            return name, work(self.path / name)
         except OSError as error:
             free = shutil.disk_usage(self.path.parent).free
             what = "full, or over a limit" if error.errno in _FULL else "failing"
@@ -79,23 +98,6 @@ class RunFolder:
         return sum(each.st_size for each in found), sum(
             getattr(each, "st_blocks", each.st_size // 512) * 512 for each in found
         )
-
-    def _opened(self, layout: Layout, name: str) -> tuple[Run, int]:
-        found = self._open.get(name)
-        if found is not None:
-            return found
-        try:
-            found = open_run(self.path / name, layout.size)
-        except ValueError as error:
-            raise StoreError(
-                f"Version {layout.version} of model '{layout.model}' is damaged: {error}. Roll back to another version, or "
-                "publish this one again."
-            ) from error
-        with self._guard:
-            for other in [each for each in self._open if not (self.path / each).exists()]:
-                del self._open[other]  # removed by another process: the disk gets its room back
-            self._open[name] = found
-        return found
 
     @staticmethod
     def _stem(layout: Layout) -> str:

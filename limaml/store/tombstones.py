@@ -1,7 +1,7 @@
 """Who must not be stored: the tombstones of the embedded store, and the erasures that are under way.
 
 Database `forgotten`: 16 bytes of the task type's hash and the task's identity → the id. Catalog: `forgotten` counts the changes, so
-that whoever looked at the tombstones before can tell whether they are still the same; `erase/FILE` lists rows of a run that nobody
+that whoever looked at the tombstones before can tell whether they are still the same; `erase/FILE` lists places in a run that nobody
 may read any more, until they have been overwritten.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from limaml.store.batch import name_of, owners
 from limaml.store.hashing import hashes_of
-from limaml.store.runs import Run
+from limaml.store.runs import Embeddings
 
 __all__ = ["Banned", "add", "changes", "erased", "forgotten_ids", "holds", "lift", "list_erasures", "to_erase"]
 
@@ -33,12 +33,12 @@ class Banned:
         self._raws = set(raws)
         self._hashes = np.unique(hashes_of(raws))
 
-    def mask(self, run: Run) -> NDArray[np.bool_]:
-        """Whose embeddings are of forgotten tasks `[n]`."""
-        found = np.zeros(len(run), np.bool_)
+    def mask(self, embeddings: Embeddings) -> NDArray[np.bool_]:
+        """Which of them are of forgotten tasks `[n]`."""
+        found = np.zeros(len(embeddings), np.bool_)
         if self._raws:
-            rows = np.flatnonzero(np.isin(run.hashes, self._hashes))
-            found[rows] = [raw in self._raws for raw in run.raws(rows)]
+            rows = np.flatnonzero(np.isin(embeddings.hashes, self._hashes))
+            found[rows] = [raw in self._raws for raw in embeddings.raws(rows)]
         return found
 
 

@@ -65,9 +65,7 @@ def other_vector(one: Embedding, other: Embedding, where: bytes) -> bytes:
 
 def lose(file: Any, found: list[Embedding]) -> None:
     """As if it had been erased."""
-    row = (found[3].offset - found[0].offset) // len(found[0].value)
-    (capacity,) = struct.unpack_from("<Q", file, 16)
-    struct.pack_into("<Q", file, 64 + 8 * capacity + 8 * row, 2**64 - 1)
+    struct.pack_into("<Q", file, found[3].span, 2**64 - 1)
     put(file, found[3], bytes(len(found[3].value)))
 
 

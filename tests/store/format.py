@@ -45,33 +45,55 @@ class Embedding(NamedTuple):
     raw: bytes  # the id
     value: bytes
     offset: int  # of the value in the file
-    row: int
+    row: int  # its place among the values
+    span: int  # offset of its id's span in the file
 
 
 def read_run(path: Path) -> Iterator[Embedding]:
     """The embeddings in a run's file, those that were erased left out; asserts that the file is as documented."""
     content = path.read_bytes()
-    magic, n, capacity, text_bytes, size, shift, crc = struct.unpack("<8sQQQIII", content[:44])
-    assert magic == b"limaml\0\1"
-    assert zlib.crc32(content[:40]) == crc
-    assert n <= capacity
-    spans = 64 + 8 * capacity
-    directory = spans + 8 * capacity
-    rows = directory + 4 * (2 ** (64 - shift) + 1)
-    rows += -rows % 8
-    text = rows + capacity * size
-    assert len(content) == text + text_bytes + 8
-    hashes = struct.unpack_from(f"<{n}Q", content, 64)
-    assert list(hashes) == sorted(hashes)
+    magic, n, capacity, m, text_bytes, size, shift, *_crcs, crc = struct.unpack("<8sQQQQII6II", content[:76])
+    assert magic == b"limaml\0\2"
+    assert zlib.crc32(content[:72]) == crc
+    assert n <= capacity and content[76:80] == bytes(4)
+    text = 80 + m * size
+    spans = text + text_bytes + 8
+    spans += -spans % 8
+    hashes = spans + 8 * m
+    places = hashes + 8 * capacity
+    directory = places + 4 * capacity
+    end = directory + 4 * (2 ** (64 - shift) + 1)
+    assert len(content) == end
+    entries = struct.unpack_from(f"<{n}Q", content, hashes)
+    assert list(entries) == sorted(entries)
     firsts = struct.unpack_from(f"<{2 ** (64 - shift) + 1}I", content, directory)
-    for row, (h, span) in enumerate(zip(hashes, struct.unpack_from(f"<{n}Q", content, spans), strict=True)):
-        offset = rows + row * size
-        value = content[offset : offset + size]
-        assert firsts[h >> shift] <= row < firsts[(h >> shift) + 1]
+    found = struct.unpack_from(f"<{n}I", content, places)
+    assert len(set(found)) == n
+    for entry, (h, row) in enumerate(zip(entries, found, strict=True)):
+        offset, span_at = 80 + row * size, spans + 8 * row
+        value, (span,) = content[offset : offset + size], struct.unpack_from("<Q", content, span_at)
+        assert firsts[h >> shift] <= entry < firsts[(h >> shift) + 1]
         if span == M:
             assert value == bytes(size)
             continue
         start = text + (span >> 24)
         raw = content[start : start + (span & 2**24 - 1)]
         assert id_hash(raw) == h
-        yield Embedding(raw, value, offset, row)
+        yield Embedding(raw, value, offset, row, span_at)
+    for row in {*range(m)} - {*found}:
+        assert content[80 + row * size : 80 + (row + 1) * size] == bytes(size)
+        assert content[spans + 8 * row : spans + 8 * (row + 1)] == b"\xff" * 8
+
+
+def as_written(path: Path) -> bool:
+    """Whether the sections of a run's file have the CRCs that its header says. Not so once something was erased."""
+    content = path.read_bytes()
+    _, n, capacity, m, text_bytes, size, shift, *crcs, _ = struct.unpack("<8sQQQQII6II", content[:76])
+    text = 80 + m * size
+    spans = -(-(text + text_bytes + 8) // 8) * 8
+    hashes = spans + 8 * m
+    places = hashes + 8 * capacity
+    directory = places + 4 * capacity
+    starts = (80, text, spans, hashes, places, directory)
+    lengths = (m * size, text_bytes, 8 * m, 8 * n, 4 * n, 4 * (2 ** (64 - shift) + 1))
+    return [zlib.crc32(content[at : at + length]) for at, length in zip(starts, lengths, strict=True)] == crcs

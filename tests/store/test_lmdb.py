@@ -27,7 +27,7 @@ from limaml.store import LmdbStore, Store, open_store
 from limaml.store.environment import _open
 
 from .conformance import StoreConformance, column, fill, release, values
-from .format import COLD_TEXT, check_of, read_run
+from .format import COLD_TEXT, as_written, check_of, id_hash, read_run
 
 
 class TestLmdb(StoreConformance):
@@ -181,7 +181,9 @@ def test_any_flipped_bit_of_a_file_that_holds_embeddings_is_found(path: Path, pl
             release(store, 1.0, [f"t{number}" for number in range(40)] + ["long" * 200])
     whole = only_run(path).read_bytes()
     at = int(place * len(whole))
-    unread = at >= len(whole) - 8 or 44 <= at < 64  # zeros that fill
+    m, text_bytes, size = struct.unpack_from("<QQI", whole, 24)
+    filling = 80 + m * size + text_bytes
+    unread = 76 <= at < 80 or filling <= at < -(-(filling + 8) // 8) * 8  # zeros that fill
     only_run(path).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
     try:
         with open_store(path) as store:
@@ -350,6 +352,7 @@ def check_file(path: Path, n: int = 1500) -> tuple[str, int]:
                 (file,) = totals[task_type]["runs"]
                 found = sorted(read_run(path / "runs" / file))
                 assert [each.raw for each in found] == [b"t%05d" % row for row in range(n)]
+                assert as_written(path / "runs" / file)
                 for each in found:
                     check_value(each.value, each.raw, where, (8, 4)[place], (seed, -seed)[place])
                     assert struct.unpack("<Iq", each.value[4:16]) == (1, 1)
@@ -450,6 +453,89 @@ def test_a_large_put_is_the_same_as_many_small_ones(path: Path, monkeypatch: pyt
             assert found.count.tolist() == count.tolist()
 
 
+def test_a_version_of_an_older_layout_says_what_to_do(path: Path) -> None:
+    open_store(path).close()
+    with raw(path) as environment, environment.begin(write=True, db=environment.open_db(b"catalog")) as txn:
+        txn.put(b"layout", b'{"layout": 2, "next": 1}')
+    with pytest.raises(StoreError, match=r"has layout 2; this version of limaml knows 3: publish to a new store"):
+        open_store(path)
+
+
+def test_what_is_hidden_by_a_later_put_is_not_in_the_merged_file(path: Path) -> None:
+    with LmdbStore(path, buffer_bytes=1) as store:
+        with store.publish("m", dims={"member": 3}) as publication:
+            for count in (1, 2):
+                publication.put("member", ["ann", "bob"], np.full((2, 3), 10.0 + count), column(2, count), column(2))
+                publication.put("member", [f"c{count}"], np.ones((1, 3)), column(1), column(1))
+            publication.commit(expected={"member": 4})
+        whole = only_run(path).read_bytes()
+        assert as_written(only_run(path)) and sorted(each.raw for each in read_run(only_run(path))) == [
+            b"ann",
+            b"bob",
+            b"c1",
+            b"c2",
+        ]
+        assert struct.pack("<3f", 11, 11, 11) not in whole and whole.count(b"ann") == 1
+        with store.read("m") as reader:
+            assert [ids for ids, _ in reader.scan("member")] == [["c1", "ann", "bob", "c2"]]
+        assert store.forget("member", ["ann"]).removed == {"m": {store.current("m"): 1}}
+        assert store.verify("m") == {"member": 3} and not as_written(only_run(path))
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=80))
+def test_puts_in_any_pieces_end_in_the_highest_revisions(
+    tmp_path_factory: pytest.TempPathFactory, puts: list[tuple[int, int, int]]
+) -> None:
+    """`(task, count, where a piece ends)`: pieces within a batch, batches within a file, files that are merged."""
+    best: dict[str, int] = {}
+    with (
+        LmdbStore(tmp_path_factory.mktemp("puts") / "store", buffer_bytes=400) as store,
+        store.publish("m", dims={"member": 2}) as publication,
+    ):
+        piece: list[tuple[str, int]] = []
+        for task, count, cut in [*puts, (99, 1, 2)]:
+            piece.append((f"t{task}", count))
+            if cut == 2:
+                counts = np.array([each for _, each in piece])
+                publication.put(
+                    "member", [name for name, _ in piece], np.outer(counts, [1.0, -1.0]), counts, column(len(piece))
+                )
+                piece = []
+        for task, count, _ in [*puts, (99, 1, 2)]:
+            best[f"t{task}"] = max(count, best.get(f"t{task}", 0))
+        done = publication.commit(expected={"member": len(best)})
+        found = store.get("m", "member", list(best))
+        assert dict(zip(best, found.count.tolist(), strict=True)) == best
+        assert found.vectors[:, 1].tolist() == [-count for count in best.values()]
+        assert done.applied + done.stale == len(puts) + 1
+        with store.read("m") as reader:
+            assert sorted(reader.ids("member")) == sorted(best)
+
+
+def test_look_ups_after_many_upserts_are_those_of_a_dictionary(path: Path) -> None:
+    n = 12_000  # of which each third is upserted: more than the first size of the marks holds
+    ids, rng = [f"member-{number:09d}" for number in range(n)], np.random.default_rng(0)
+    with open_store(path) as store:
+        with store.publish("m", dims={"member": 2}) as publication:
+            publication.put("member", ids[:-1000], np.zeros((n - 1000, 2)), column(n - 1000), column(n - 1000))
+            version = publication.commit().version
+        chosen = rng.permutation(n)[: n // 3 + 1000]
+        for part in np.split(chosen, [10, 3000]):
+            some = [ids[row] for row in part.tolist()]
+            store.upsert("m", version, "member", some, np.ones((len(part), 2)), column(len(part), 2), column(len(part)))
+        for rows in np.array_split(rng.permutation(n), 30):
+            found = store.get("m", "member", [ids[row] for row in rows.tolist()])
+            upserted = np.isin(rows, chosen)
+            assert np.array_equal(found.vectors[:, 0], upserted)
+            assert np.array_equal(found.found, upserted | (rows < n - 1000))
+    with raw(path) as environment, environment.begin(db=environment.open_db(b"embeddings")) as txn:
+        (marks,) = (value for key, value in txn.cursor() if key[6:] == b"\x03")
+    bits = np.unpackbits(np.frombuffer(marks, np.uint8, offset=8), bitorder="little")
+    assert len(bits) == 2**17 and int.from_bytes(marks[:8], "little") == bits.sum() < len(bits) / 8
+    assert all(bits[id_hash(ids[row].encode()) >> 47] for row in chosen.tolist())
+
+
 def test_of_two_publishing_processes_one_wins_and_the_other_says_so(path: Path) -> None:
     code = """
 import sys, time, numpy as np
@@ -512,7 +598,7 @@ reads = 0
 with LmdbStore(sys.argv[1], map_size=2**16) as store:
     print("open", flush=True)
     end = time.monotonic() + 1.0
-    while time.monotonic() < end:
+    while time.monotonic() < end or reads <= 100:
         found = store.get("m", "member", ids)
         assert found.found.all() and len(set(found.vectors.ravel().tolist())) == 1, found
         assert int(found.version[1:7]) == found.vectors[0, 0], found

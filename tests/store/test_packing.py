@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -71,6 +72,18 @@ def test_int8_is_off_by_half_a_step_of_the_largest_number(given: np.ndarray) -> 
     largest = np.abs(given.astype(np.float64)).max(axis=1, keepdims=True)
     assert np.isfinite(found).all()
     assert (np.abs(found - given) <= largest / 254 * (1 + 1e-5) + 2.0**-149).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(vectors(st.floats(-65504, 65504, width=32)), st.sampled_from(DTYPES))
+def test_the_bytes_are_the_same_with_torch_and_without(given: np.ndarray, dtype: str) -> None:
+    numbers = np.arange(len(given))
+    import torch  # noqa: F401
+
+    with pytest.MonkeyPatch.context() as patch:
+        with_torch = pack(given, numbers, numbers, dtype)
+        patch.delitem(sys.modules, "torch")
+        assert pack(given, numbers, numbers, dtype).tobytes() == with_torch.tobytes()
 
 
 @pytest.mark.parametrize("extreme", [3.4028235e38, 1e-45, 1.78e-43, 1.1754944e-38, 0.0])
