@@ -17,6 +17,7 @@ from limaml.config import load_config
 from limaml.errors import ConfigError, DataError, MissingExtra
 from limaml.evaluate.replay import replay
 from limaml.evaluate.replay_pictures import replay_pictures
+from limaml.evaluate.replay_results import SLICES
 from limaml.evaluate.replay_table import replay_table
 from limaml.evaluate.report import render_report
 from limaml.interactions.atomic_files import write_atomically
@@ -117,7 +118,7 @@ def replay_command(
         page = render_report(
             replayed.summary,
             replay_pictures(replayed),
-            notes=[*prepared.notes, *replayed.notes],
+            notes=[*prepared.notes, *replayed.notes, *(f"{name}: {meaning}." for name, meaning in SLICES.items())],
             config=settings.model_dump(mode="json"),
             environment=environment(),
             command=command_line(),

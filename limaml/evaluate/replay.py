@@ -288,6 +288,7 @@ def _collect(plan: Plan, timeline: Timeline, dataset: str, policies: Sequence[st
         tuple(costs),
         epochs,
         tuple(_notes(plan, timeline, rows, epochs, policies)),
+        Config.model_validate_json(plan.config).compare.replicates,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -128,7 +128,7 @@ class Replayed:
     costs: tuple[Cost, ...]
     epochs: Mapping[str, tuple[int, int]]  # family → epochs, passes of fine-tuning
     notes: tuple[str, ...]
-    replicates: int = field(default=500)
+    replicates: int  # of the bootstrap of the slices
 
     @cached_property
     def summary(self) -> Summary:
