@@ -8,6 +8,7 @@
     ├── TrainingError   training cannot go on (a loss that is not a number, say); the last good checkpoint is kept
     ├── ArtifactError   a model folder is incomplete, changed or of an unknown format
     ├── StoreError      a store refuses: unknown version, failed verification, two publishers at once
+    │   └── StoreDown   the server that a store is on does not answer: asking again later makes sense
     └── MissingExtra    an optional dependency is not installed; says what to type
 
 A message is a full sentence: what is wrong, where (column, row, task, parameter), and what to do about it.
@@ -26,6 +27,7 @@ __all__ = [
     "LimamlError",
     "MissingExtra",
     "ModelError",
+    "StoreDown",
     "StoreError",
     "TrainingError",
     "require",
@@ -62,6 +64,10 @@ class ArtifactError(LimamlError, ValueError):
 
 class StoreError(LimamlError, RuntimeError):
     """A store refuses an operation."""
+
+
+class StoreDown(StoreError):
+    """The server that a store is on does not answer."""
 
 
 class MissingExtra(LimamlError, ImportError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl, urlsplit
@@ -14,7 +15,7 @@ from cyclopts import Parameter
 
 from limaml.cli.console import console
 from limaml.cli.workspace import MODEL_NAME, Workspace
-from limaml.errors import ConfigError, require
+from limaml.errors import ConfigError, StoreDown, require
 from limaml.store import open_store
 from limaml.store.contract import Store
 
@@ -74,12 +75,14 @@ def serve_command(
     `curl localhost:8000/v1/score -d '{"task": {"user_id": 42}, "candidates": [{"item_id": 7}, {"item_id": 8}]}' -H 'content-type: application/json'`
 
     Follows the store: a version that is published is loaded beside the one that is served and takes over between two
-    batches. SIGTERM finishes what was begun and ends with 0. Docs of all endpoints: /docs, numbers: /metrics.
+    batches. A store that is down is waited for: live, and not ready, until it answers. SIGTERM finishes what was begun and ends with 0. Docs of all endpoints: /docs, numbers: /metrics.
     """
     for module in ("uvicorn", "fastapi", "httptools", "orjson", "prometheus_client"):
         require(module, "serve")
     if grpc_port is not None:
         require("grpc", "grpc")
+    for module in ("onnx", "onnxscript", "onnxruntime") if runtime == "onnx" else ():
+        require(module, "onnx")
     from limaml.serving.access import check_bind, check_tls, read_token
     from limaml.serving.beside import Beside, standing
     from limaml.serving.logs import log_as_json
@@ -96,16 +99,20 @@ def serve_command(
     address = _address(folder, store)
     remote = "://" in address
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="limaml-onnx-") as onnx_folder, _opened(address, store_timeout) as opened:
+    with tempfile.TemporaryDirectory(prefix="limaml-onnx-") as onnx_folder, ExitStack() as stores:
         versions = Versions(
-            opened,
+            lambda: stores.enter_context(_opened(address, store_timeout)),
             model,
             runtime=runtime,
             threads=threads,
             onnx_folder=Path(onnx_folder),
             cache_bytes=cache_mib * 2**20,
         )
-        beside = Beside.of(versions.ready(), split or (), shadow, record, record_share, record_mib * 2**20)
+        try:
+            ready: list[str] | None = versions.ready()
+        except StoreDown:  # the service waits for it
+            ready = None
+        beside = Beside.of(ready, split or (), shadow, record, record_share, record_mib * 2**20)
         options = Options(
             kept=beside.versions,
             max_batch=max_batch,
@@ -119,12 +126,14 @@ def serve_command(
         )
 
         def announce(http: str, grpc: str | None) -> None:
-            console.print(f"Serving '{model}' of {_shown(address)} at {http}" + (f" and grpc://{grpc}" if grpc else "") + ".",
-                          markup=False, highlight=False)  # fmt: skip
+            console.print(f"Serving '{model}' of {_shown(address)} at {http}" + (f" and grpc://{grpc}" if grpc else "") + "."
+                          + (f" Not ready yet: {service.waits_for}" if service.waits_for else ""),
+                          markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+
+        service = Service(versions, options)
 
         async def run() -> None:
             log_as_json()
-            service = Service(versions, options)
             async with standing(beside, service):
                 await serve(service, listening, announce)
 

@@ -25,17 +25,18 @@ class Beside:
 
     @staticmethod
     def of(
-        ready: Sequence[str],
+        ready: Sequence[str] | None,
         split: Sequence[str] = (),
         shadow: str | None = None,
         record: Path | None = None,
         share: float = 0.01,
         limit: int = 256 * 2**20,
     ) -> Beside:
-        """From the options of a command; `ConfigError` if a version that they name is not among those that are `ready`."""
+        """From the options of a command; `ConfigError` if a version that they name is not among those that are `ready`
+        (None: which are is not known yet)."""
         shares = parse_split(split)
         for option, version in [*(("--split", version) for version, _ in shares.shares), ("--shadow", shadow)]:
-            if version is not None and version not in ready:
+            if version is not None and ready is not None and version not in ready:
                 raise ConfigError(
                     f"{option} names the version {version}, which the store does not have; it has {', '.join(ready)}."
                 )

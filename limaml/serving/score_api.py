@@ -179,7 +179,9 @@ def make_api(service: Service) -> FastAPI:
 
     @api.get("/v2/health/ready", responses=HEALTH, tags=["Open Inference Protocol"])
     async def ready() -> Response:
-        return _json({"ready": service.ready()}, 200 if service.ready() else 503)
+        if service.ready():
+            return _json({"ready": True})
+        return _json({"ready": False} | ({"reason": service.waits_for} if service.waits_for else {}), 503)
 
     @api.get("/v2/models/{model}", responses=FAILURES, response_model=Metadata, tags=["Open Inference Protocol"])
     async def model_metadata(model: str) -> Response:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
-from limaml.errors import DataError, LimamlError, StoreError
+from limaml.errors import DataError, LimamlError, StoreDown, StoreError
 from limaml.serving.batches import Batches, Options, StoreState, Waiting
 from limaml.serving.metrics import Metrics
 from limaml.serving.questions import Answer, Question, column_of_tensor, refuse_partial, rows_of
@@ -33,6 +33,9 @@ __all__ = ["Options", "Service"]
 logger = logging.getLogger("limaml.serving")
 
 PLATFORM = "limaml"
+
+SELDOM = 10.0
+"""Seconds between tries to load a first version, in the end."""
 
 
 class Service:
@@ -54,6 +57,8 @@ class Service:
         self.options, self.metrics = options or Options(), metrics or Metrics()
         self.route, self.observers = route, list(observers)
         self._current: Loaded | None = None
+        self.waits_for: str | None = None
+        """Why there is no version yet."""
         self._pinned: dict[str, Loaded] = {}
         self._pinning = asyncio.Lock()
         self._waiting: list[Waiting] = []
@@ -70,13 +75,50 @@ class Service:
     # -------------------------------------------------------------------------------------------------------- life
 
     async def start(self) -> None:
-        """Load and warm the version that is current; `ready` from then on."""
-        self._serve(await self._in_loader(self.versions.load))
-        self.metrics.store_up.set(1)
-        for version in self.options.kept:
-            await self._pin(version)
+        """Load and warm the version that is current; `ready` from then on.
+
+        A store that is down is asked again until it answers and has a version: until then the service is live and not
+        ready. Whatever else is wrong is raised.
+        """
+        try:
+            await self._begin()
+        except StoreDown as error:
+            self._wait_for(error)
+            self._tasks = [asyncio.create_task(self._begin_late())]
+
+    async def _begin(self) -> None:
+        loaded = await self._in_loader(self.versions.load)
+        try:
+            for version in self.options.kept:
+                await self._pin(version)
+        except BaseException:
+            self._retire(loaded)
+            raise
+        self.waits_for = None
+        self._serve(loaded)
+        self._store.answers()
         self._tasks = [asyncio.create_task(self._watch_forever())]
         self.metrics.ready.set(1)
+
+    async def _begin_late(self) -> None:
+        pause = self.options.retry
+        while self.waits_for is not None:
+            await asyncio.sleep(pause)
+            try:
+                await self._begin()
+            except Exception as error:  # whatever stands in the way may be put right
+                self._wait_for(error)
+                down = isinstance(error, StoreDown)
+                pause = min(2 * pause, max(self.options.retry, SELDOM)) if down else self.options.poll
+
+    def _wait_for(self, error: Exception) -> None:
+        if str(error) != self.waits_for:
+            logger.error("Not ready, and trying again: %s", error)
+        self.waits_for = str(error)
+        if isinstance(error, StoreDown):
+            self._store.failed(error)
+        else:
+            self._store.answers()
 
     async def drain(self) -> None:
         """Take nothing new, finish what waits, release the versions."""
@@ -188,7 +230,12 @@ class Service:
         if name != self.model:
             raise Refused(404, f"There is no model {name[:100]!r} here; this server has '{self.model}'.")
         if self._draining or self._current is None:
-            raise Refused(503, "The server is stopping, or not ready yet; ask another one.", retry_after=1)
+            why = (
+                f"The server is not ready yet. {self.waits_for}"
+                if self.waits_for
+                else "The server is stopping, or not ready yet; ask another one."
+            )
+            raise Refused(503, why, retry_after=1)
         loaded = self._current if version in (None, self._current.version) else self._pinned.get(str(version))
         if loaded is None:
             loaded = await self._pin(str(version))

@@ -42,11 +42,14 @@ class Loaded:
 
 
 class Versions:
-    """Loads versions of one model. Every method may take as long as the store does."""
+    """Loads versions of one model. Every method may take as long as the store does.
+
+    `store` may be what opens it: it is called when the store is first needed, and again as long as it raises.
+    """
 
     def __init__(
         self,
-        store: Store,
+        store: Store | Callable[[], Store],
         model: str,
         *,
         build: Callable[[Encoder, Config], MetaModel] | None = None,
@@ -55,9 +58,17 @@ class Versions:
         onnx_folder: Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        self.store, self.model, self._build, self._cache_bytes = store, model, build, cache_bytes
+        self._open = store if callable(store) else lambda: store
+        self._opened: Store | None = None
+        self.model, self._build, self._cache_bytes = model, build, cache_bytes
         self._runtime, self._threads, self._onnx_folder = runtime, threads, onnx_folder
         self._scorers: dict[str, Scorer] = {}
+
+    @property
+    def store(self) -> Store:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
 
     def current(self) -> str | None:
         return self.store.current(self.model)

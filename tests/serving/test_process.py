@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import polars as pl
 import pytest
+import tritonclient.grpc as grpc_triton
 import tritonclient.http as triton
 from process import Server, serving
 from published import small
@@ -121,6 +122,52 @@ def test_a_server_whose_store_goes_away_answers_cold_and_recovers(tmp_path: Path
             store.start()
             assert recovered(client, rows) == before
             assert server.end() == 0, "".join(server.log)
+
+
+def test_a_server_that_starts_before_its_store_waits_for_it_and_for_a_version(tmp_path: Path) -> None:
+    with valkey() as store:
+        address = f"redis://127.0.0.1:{store.port}/0?cache={tmp_path / 'cache'}&timeout=2"
+        store.kill()
+        with serving("--store", address, "--port", 0, "--grpc-port", 0, *LATE) as server:
+            with (
+                httpx.Client(base_url=server.url, timeout=30) as client,
+                grpc_triton.InferenceServerClient(server.grpc) as rpc,
+            ):
+                assert client.get("/v2/health/live").status_code == 200 and rpc.is_server_live()
+                unready = client.get("/v2/health/ready")
+                assert unready.status_code == 503 and not rpc.is_server_ready()
+                assert (
+                    f"127.0.0.1:{store.port}" in unready.json()["reason"]
+                    and "does not answer" in unready.json()["reason"]
+                )
+                refused = client.post("/v1/score", json={"rows": FRAME.to_dicts()})
+                assert refused.status_code == 503 and "does not answer" in refused.json()["error"]
+                assert int(refused.headers["retry-after"]) >= 1
+                assert "limaml_ready 0.0" in client.get("/metrics").text
+                store.start()
+                _until(lambda: "There is no store" in client.get("/v2/health/ready").json().get("reason", ""))
+                versions = publish_two(tmp_path, address)
+                _until(lambda: client.get("/v2/health/ready").status_code == 200)
+                answer = client.post("/v1/score", json={"rows": FRAME.to_dicts()}).json()
+                assert answer["version"] in versions and all(answer["known"]) and "store" not in answer
+                assert "limaml_store_up 1.0" in client.get("/metrics").text and rpc.is_server_ready()
+            assert server.end() == 0, "".join(server.log)
+
+
+def _until(done: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("address", ["redis://127.0.0.1:1/x", "redis://127.0.0.1:1/0?tiemout=3", "mysql://127.0.0.1:1"])
+def test_an_address_that_cannot_be_right_ends_the_server_at_once(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--store", address, "--port", "0"])
+    assert ended.value.code == 2 and capsys.readouterr().err
 
 
 def recovered(client: httpx.Client, rows: Any, seconds: float = 60) -> Any:

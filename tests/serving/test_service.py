@@ -14,7 +14,7 @@ import pytest
 from published import publish_small, small
 
 import limaml
-from limaml.errors import DataError, StoreError
+from limaml.errors import DataError, StoreDown, StoreError
 from limaml.serving.service import Options, Service
 from limaml.serving.tensors import InferRequest, InferTensor, Refused
 from limaml.serving.versions import Versions
@@ -105,6 +105,50 @@ def test_a_full_queue_and_a_late_answer_say_so(folder: Path) -> None:
         assert len(refused) == 3 and {one.status for one in refused} == {503} and refused[0].retry_after
         late = run(store, slow, Options(timeout=0.01, inline=False))
         assert late.status == 504 and "within 0.01 s" in late.message
+
+
+def test_a_service_waits_for_a_store_that_is_down_and_for_what_it_has(folder: Path) -> None:
+    """Down, then with versions that cannot be loaded, then there; and drained while it waits."""
+    tries: list[Exception | None] = [
+        StoreDown("It is down."),
+        StoreDown("It is down."),
+        DataError("It has no model."),
+        None,
+    ]
+
+    async def main(store: Store, stop_early: bool) -> None:
+        left = list(tries)
+
+        def opened() -> Store:
+            error = left.pop(0) if left else None
+            if error is not None:
+                raise error
+            return store
+
+        service = Service(Versions(opened, "model"), Options(poll=0.01, retry=0.01))
+        await service.start()
+        assert service.live and not service.ready() and service.waits_for == "It is down."
+        with pytest.raises(Refused, match=r"not ready yet\. It is down") as caught:
+            await service.infer(request(FRAME.head(1)))
+        assert caught.value.status == 503 and caught.value.retry_after
+        reasons = set()
+        while not stop_early and not service.ready():
+            reasons.add(service.waits_for)
+            await asyncio.sleep(0)
+        if not stop_early:
+            assert reasons >= {"It is down.", "It has no model."} and service.waits_for is None
+            assert outputs(await service.infer(request(FRAME.head(3))))["known"].all()
+        await service.drain()
+        assert not service.ready()
+
+    with limaml.open_store(folder / "store") as store:
+        asyncio.run(main(store, stop_early=False))
+        asyncio.run(main(store, stop_early=True))
+
+
+def test_a_store_that_answers_and_cannot_be_served_is_told_at_once(folder: Path) -> None:
+    with limaml.open_store(folder / "store") as store, pytest.raises(StoreError, match="other"):
+        asyncio.run(Service(Versions(store, "other")).start())
 
 
 class Failing:
