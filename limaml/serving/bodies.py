@@ -28,24 +28,17 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced[:20]) > limit:
         raise _too_long(limit)
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise Gone
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        try:
-            async with asyncio.timeout(SECONDS):
-                body = await _rest(receive, body, limit)
-        except TimeoutError:
-            raise Refused(408, f"The request's body did not arrive within {SECONDS:g} s.") from None
-    if len(body) > limit:
-        raise _too_long(limit)
+    try:
+        async with asyncio.timeout(SECONDS):
+            body = await _whole(receive, limit)
+    except TimeoutError:
+        raise Refused(408, f"The request's body did not arrive within {SECONDS:g} s.") from None
     encoding = headers.get(b"content-encoding")
     return body if encoding is None else unpacked(body, encoding.decode("latin-1").strip().lower(), limit)
 
 
-async def _rest(receive: Receive, first: bytes, limit: int) -> bytes:
-    parts, size, more = [first], len(first), True
+async def _whole(receive: Receive, limit: int) -> bytes:
+    parts, size, more = list[bytes](), 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":

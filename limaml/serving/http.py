@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -79,6 +80,8 @@ class HttpApp:
             await answer.refuse(refusal)
         except Gone:
             answer.status = 499
+        except asyncio.CancelledError:  # what was still on its way when the time to drain was over
+            await answer.refuse(Refused(503, "The server is ending. Ask another one, or this one later."))
         except Exception:
             access.exception("A request failed.", extra={"request_id": identity})
             await answer.refuse(Refused(500, f"The server failed at this request; its log says why at {identity}."))

@@ -100,7 +100,7 @@ class Campaign:
     def whole(self, name: str) -> Ended:
         """An act from its beginning to its end, waiting for leases of the dead."""
         self._send(name)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while True:
             began = time.monotonic()
             running = self.nursery.start(*self.command(name))
