@@ -115,7 +115,12 @@ class Refresher:
                 known = self._since(windows, label, version)
                 if known < position or since is not None:
                     changed = self._changed(windows, models[version.id], known, since)
-                    done.append(self._refresh(windows, version, models[version.id], changed, newest, progress))
+                    try:
+                        done.append(self._refresh(windows, version, models[version.id], changed, newest, progress))
+                    except StoreError:
+                        if version.state != "writing":
+                            raise
+                        continue  # its publisher died as it began; not settled, so whoever resumes it is caught up then
                 if windows.epoch != epoch:
                     break
                 if known < position:

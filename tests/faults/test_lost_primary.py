@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from redis.crc import key_slot
-from store.servers import Valkey, cluster, redis, wait_until
+from store.servers import Valkey, cluster, redis, valkey, wait_until
 
 from limaml.errors import StoreError
 from limaml.store import Store, open_store
@@ -91,6 +91,25 @@ def test_a_version_that_was_lost_from_the_catalogue_leaves_nothing_in_the_next(r
             assert again[:7] == lost[:7]
             assert set(store.get(MODEL, TASK, members).vectors.ravel()) == {3.0}
             assert store.verify(MODEL) == {TASK: len(members)}
+
+
+def test_a_version_that_was_begun_by_half_holds_no_refresh_up(world: World, run: Path, born: Nursery) -> None:
+    """Its publisher was killed between its record and the headers of its buckets; nobody reads it, and all else goes on."""
+    piece, _ = world.pieces(run / "pieces", 2)
+    with valkey() as server:
+        address = f"redis://127.0.0.1:{server.port}?prefix=faults&lease=2&cache={run / 'cache'}"
+        born.do("embed", run, "--store", address)
+        with (
+            contextlib.suppress(InterruptedError),
+            redis.Redis(port=server.port) as client,
+            open_store(address) as store,
+            store.publish(MODEL, dims={TASK: 4, f"{TASK}.features": 5}, artifact=world.digest),
+        ):
+            client.delete(*client.scan_iter(match="faults:*:2:*:header"))
+            raise InterruptedError
+        born.do("refresh", run, piece, "--store", address)
+        known = counted(world, [piece])
+        check(read_redis(address), world, least=known, most=known, promised="v000001")
 
 
 def current(store: Store) -> str | None:
