@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import limaml
 from benchmarks.evidence.ablations import variants_of
 from benchmarks.evidence.bar import holm, lines, losses
+from benchmarks.evidence.implicits import implicit_result, make_choices, rankings_of
 from benchmarks.evidence.page import BEGIN, END, page, readme_table, with_table
 from benchmarks.evidence.pictures import draw
 from benchmarks.evidence.plan import MAIN, PROTOCOLS, Judging, Plan, Scale, goals_of, search
@@ -241,6 +242,26 @@ def test_one_trained_model_is_read_in_other_ways(table: Table, tmp_path: Path) -
     assert 0 < float16 < int8 < 0.1
     shrunk = logits["averaged"] / logits["logit"]
     assert ((shrunk > 0) & (shrunk < 1)).all()
+
+
+def test_choices_are_ranked_and_shown(data: Path, table: Table, tmp_path: Path) -> None:
+    choices = make_choices(table, data, None, tmp_path)
+    assert 0 < choices.rows < table.rows
+    assert choices.digest != table.digest
+    scale = replace(SMALL, implicit_seeds=1)
+    cache = Cache(tmp_path / "cache")
+    plan = Plan(rankings_of([choices], scale, ["popularity", "base"]))
+    while unit := next(plan.open_units(cache), None):
+        cache.add(unit.key, unit.run(cache.folder))
+    found = implicit_result(choices, cache, scale)
+    assert found is not None
+    for protocol in PROTOCOLS:
+        methods = found["protocols"][protocol]["methods"]
+        assert set(methods) == {"popularity", "base"}
+        assert 0 < methods["popularity"]["metrics"]["ndcg_10"][0] < 1
+    made_on = {"machine": {"cpu": "a cpu", "cores": 2}, "versions": {"torch": "2", "limaml": "0"}}
+    result = {**result_of(table, [], cache, scale), **made_on, "implicit": found}
+    assert f"{found['protocols']['warm']['methods']['base']['metrics']['mrr'][0]:.4f}" in page({"made": result})
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=12))

@@ -13,9 +13,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.evidence.implicits import make_choices, rankings_of
 from benchmarks.evidence.page import write_pages
 from benchmarks.evidence.pictures import draw
-from benchmarks.evidence.plan import Plan, Scale, goals_of
+from benchmarks.evidence.plan import Goal, Plan, Scale, goals_of
 from benchmarks.evidence.replays import replays_of
 from benchmarks.evidence.results import read_results
 from benchmarks.evidence.runner import run_plan
@@ -26,7 +27,9 @@ from limaml.errors import LimamlError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/evidence"
-QUICK = Scale(trials=1, seeds=2, ablation_seeds=1, ablation_sets=("ml-100k",), replay_seeds=1, replicates=500)
+QUICK = Scale(
+    trials=1, seeds=2, ablation_seeds=1, ablation_sets=("ml-100k",), implicit_seeds=1, replay_seeds=1, replicates=500
+)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -80,19 +83,26 @@ def measure(chosen: argparse.Namespace, scale: Scale, out: Path, results: Path) 
     for which in sets_in(chosen.data, chosen.sets):
         tables.append(make_table(which, chosen.data, which.members[chosen.quick], out / "tables"))
         print(f"{which.title}: {tables[-1].rows:,} rows of {tables[-1].members:,} members", flush=True)
+    choices = {
+        table.which.name: make_choices(table, chosen.data, table.which.members[chosen.quick], out / "tables")
+        for table in tables
+        if "implicit" in chosen.part and "implicit" in table.which.parts
+    }
     if not tables:
         raise LimamlError(
             f"There is no data set in {chosen.data}. Give the folder that holds their folders with --data, or set LIMAML_DATA."
         )
     cache = Cache(out / "cache")
     print(f"{cache.load()} results are there already.", flush=True)
-    goals = [*goals_of(tables, scale, chosen.part, chosen.methods), *replays_of(tables, scale, chosen.part)]
+    goals: list[Goal] = [*goals_of(tables, scale, chosen.part, chosen.methods)]
+    goals += replays_of(tables, scale, chosen.part)
+    goals += rankings_of(list(choices.values()), scale, chosen.methods)
     failed = run_plan(
         Plan(goals), cache, workers=chosen.workers, hours=chosen.hours, tell=lambda text: print(text, flush=True)
     )
     for name, fault in failed.items():
         print(f"Failed: {name}: {fault}", file=sys.stderr)
-    for path in write_results(tables, scale, cache.folder, results, out, chosen.workers):
+    for path in write_results(tables, scale, cache.folder, results, out, chosen.workers, choices):
         print(f"Written: {path}", flush=True)
 
 

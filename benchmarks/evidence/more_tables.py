@@ -26,6 +26,7 @@ def sections(results: Results, pictures: Sequence[str]) -> list[tuple[str, Itera
         ("Against stronger baselines", _rivals(compared)),
         ("Ablations", _ablations(compared)),
         ("Replay: freshness, and what it costs", _replay(results, pictures)),
+        ("Implicit feedback: all candidates ranked", _implicit(results)),
         ("What a training costs", _cost(compared)),
         ("What was tuned", _tuned(compared)),
         ("How to make it again", _again()),
@@ -174,6 +175,36 @@ def _slices(result: Entry) -> Iterable[str]:
         yield row(f"`{policy}`", *("–" if v is None else f"{v:.4f}" for v in values))
 
 
+def _implicit(results: Results) -> Iterable[str]:
+    there = {name: result for name, result in results.items() if "implicit" in result}
+    if not there:
+        return
+    negatives = next(iter(there.values()))["implicit"]["negatives"]
+    yield (
+        f"What members chose (the label's rule) is all that is known; {negatives} negatives are sampled for each choice, uniformly "
+        "among what was known then. Each member's later choices are looked for among all items, those of the support left out. "
+        "Default settings, epochs by validation. NDCG@10 / recall@20 / MRR, then the difference in NDCG@10 of `limaml_newton`."
+    )
+    for protocol in ("warm", "new_tasks"):
+        own = {
+            n: r["implicit"]["protocols"][protocol] for n, r in there.items() if protocol in r["implicit"]["protocols"]
+        }
+        if not own:
+            continue
+        methods = dict.fromkeys(m for judged in own.values() for m in judged["methods"])
+        yield ""
+        yield from head(f"`{protocol}`", *own)
+        for method in methods:
+            cells = []
+            for judged in own.values():
+                found = judged["methods"].get(method)
+                values = [] if found is None else [v[0] for v in found["metrics"].values()]
+                delta = judged["deltas"].get("limaml_newton", {}).get(method, {}).get("ndcg_10")
+                text = " / ".join("–" if v is None else f"{v:.4f}" for v in values) or "–"
+                cells.append(text if delta is None else f"{text}; {shown(delta)}")
+            yield row(f"`{method}`", *cells)
+
+
 def _cost(results: Results) -> Iterable[str]:
     methods: dict[str, None] = {}
     for result in results.values():
@@ -222,6 +253,7 @@ def _again() -> Iterable[str]:
     yield "python -m benchmarks.evidence --data DIR --quick    # fewer members, trials and seeds: about 20 minutes"
     yield "python -m benchmarks.evidence --data DIR --part main --sets ml-100k    # the first tables, one set"
     yield "python -m benchmarks.evidence --data DIR --part replay                 # the replay"
+    yield "python -m benchmarks.evidence --data DIR --part implicit               # choices ranked"
     yield "python -m benchmarks.evidence --data DIR --part ablations              # the ablations"
     yield "python -m benchmarks.evidence --page                # this page, from the result files"
     yield "```"

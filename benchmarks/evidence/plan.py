@@ -31,6 +31,7 @@ class Scale:
     seeds: int = 5
     ablation_seeds: int = 2
     ablation_sets: tuple[str, ...] = ("ml-100k", "amazon-hin")
+    implicit_seeds: int = 3
     replay_seeds: int = 5
     replicates: int = 2000
 

@@ -88,21 +88,36 @@ def kept(whole: Mapping[str, Any]) -> Entry:
     for cost in whole["costs"]:
         costs.setdefault(cost["policy"], []).append((cost["first"], cost["total"]))
     mean = {p: [sum(c) / len(c) for c in zip(*all_of, strict=True)] for p, all_of in costs.items()}
-    return {
+    periods = ("train_end", "start", "end", "rows", "tasks", "rows_of_new_tasks", "rows_of_new_items")
+    shown: Entry = {
         "method": whole["method"],
         "policies": whole["policies"],
         "train_rows": whole["train_rows"],
         "period_length": whole["period_length"],
-        "periods": whole["periods"],
+        "periods": [{key: period[key] for key in periods if key in period} for period in whole["periods"]],
         "values": values,
         "deltas": deltas,
         "seconds_first": {policy: first for policy, (first, _) in mean.items()},
         "seconds_after": {policy: total for policy, (_, total) in mean.items()},
         "cost_ratio": whole["cost_ratio"],
-        "by_age": [entry for entry in whole["by_age"] if entry["metric"] in METRICS],
-        "by_period": [entry for entry in whole["by_period"] if entry["metric"] == "auc"],
+        "by_age": [_aged(entry) for entry in whole["by_age"] if entry["metric"] in METRICS],
         "notes": whole["notes"],
     }
+    rounded: Entry = _rounded(shown)
+    return rounded
+
+
+def _aged(entry: Mapping[str, Any]) -> Entry:
+    return {k: v for k, v in entry.items() if k not in ("dataset", "baseline", "value", "low", "high")}
+
+
+def _rounded(value: Any) -> Any:
+    """Six decimals are enough for a result file."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 @dataclass

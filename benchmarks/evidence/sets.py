@@ -17,7 +17,7 @@ from limaml.interactions.digest import content_digest
 from limaml.interactions.schema import Task
 from limaml.types import ROW
 
-__all__ = ["PARTS", "DataSet", "Table", "make_table", "registered", "sets_in"]
+__all__ = ["PARTS", "DataSet", "Table", "describe", "make_table", "registered", "sets_in", "source_of"]
 
 PARTS = ("main", "rivals", "ablations", "replay", "implicit")
 OWN = "set.yaml"
@@ -103,18 +103,25 @@ class Table:
         return Table(**values)
 
 
-def make_table(which: DataSet, data: Path, members: int | None, out: Path) -> Table:
-    """Read, join and check a set, with at most so many `members`; its table is written to the folder `out`."""
+def source_of(which: DataSet, data: Path) -> dict[str, Any]:
+    """The files of a set, as `prepare` takes them."""
     folder = data / which.name
     users, items = folder / "users.parquet", folder / "items.parquet"
+    return {
+        "source": folder / "interactions.parquet",
+        "task_features": users if users.exists() else None,
+        "row_features": items if items.exists() else None,
+    }
+
+
+def make_table(which: DataSet, data: Path, members: int | None, out: Path) -> Table:
+    """Read, join and check a set, with at most so many `members`; its table is written to the folder `out`."""
     prepared = prepare(
-        folder / "interactions.parquet",
+        **source_of(which, data),
         task=[which.task],
         row=which.row,
         time=which.time,
         label=[which.label],
-        task_features=users if users.exists() else None,
-        row_features=items if items.exists() else None,
         exclude=which.exclude,
         max_tasks=members,
     )

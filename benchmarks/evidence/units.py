@@ -78,6 +78,8 @@ class Unit:
         """The digest: the same for the same rows, schema, settings and versions, on every machine."""
         config = parse_config(json.loads(self.config))
         judged = config.compare.model_dump(mode="json", include={"test_share", "validation_share"})
+        if config.compare.implicit.negatives:
+            judged |= config.compare.implicit.model_dump(mode="json")
         resolved = config_of(self.method, config).model_dump(mode="json", exclude={"compare", "methods"})
         defaults = Config().model_dump(mode="json")
         changed = {
@@ -87,7 +89,14 @@ class Unit:
             if value != defaults[section][name]
         }
         told = [self.kind, self.rows, json.loads(self.schema), self.protocol, self.method, self.seed, self.epochs]
-        told += [sorted(changed.items()), judged, self.readings, VERSIONS.get(self.method, 1), version("limaml")]
+        told += [
+            sorted(changed.items()),
+            judged,
+            self.readings,
+            VERSIONS.get(self.method, 1),
+            VERSIONS.get(self.kind, 1),
+            version("limaml"),
+        ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 
     @property
@@ -235,4 +244,4 @@ class Cache:
             )
 
 
-_KEPT: dict[str, Any] = {"task": np.int32, "support": np.int32, "label": np.uint8}
+_KEPT: dict[str, Any] = {"task": np.int32, "support": np.int32, "positives": np.int32, "label": np.uint8}

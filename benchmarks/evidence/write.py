@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.implicits import implicit_result
 from benchmarks.evidence.plan import Judging, Scale, goals_of
 from benchmarks.evidence.replays import replay_result
 from benchmarks.evidence.results import Entry, read_results, result_of, tested_units, write_result
@@ -27,13 +28,20 @@ _REPORT_REPLICATES = 200
 
 
 def write_results(
-    tables: Sequence[Table], scale: Scale, cache: Path, results: Path, out: Path, workers: int
+    tables: Sequence[Table],
+    scale: Scale,
+    cache: Path,
+    results: Path,
+    out: Path,
+    workers: int,
+    choices: Mapping[str, Table] | None = None,
 ) -> list[Path]:
-    """A result file per set in `results`, an HTML report per set in `out`. Parts that the cache does not hold are kept as
+    """A result file per set in `results` (`choices`: set → its table of choices), an HTML report per set in `out`. Parts that the cache does not hold are kept as
     the result files have them. The paths that were written."""
     known = read_results(results)
     made_on = {"machine": _machine(), "versions": environment()}
-    jobs = [(table, scale, cache, known.get(table.which.name), out) for table in tables]
+    choices = choices or {}
+    jobs = [(table, scale, cache, known.get(table.which.name), out, choices.get(table.which.name)) for table in tables]
     if workers == 1:
         found = [_result(*job) for job in jobs]
     else:
@@ -51,7 +59,7 @@ def in_order(results: Mapping[str, Entry]) -> dict[str, Entry]:
     return {name: results[name] for name in [*order, *(n for n in results if n not in order)]}
 
 
-def _result(table: Table, scale: Scale, folder: Path, before: Entry | None, out: Path) -> Entry:
+def _result(table: Table, scale: Scale, folder: Path, before: Entry | None, out: Path, choices: Table | None) -> Entry:
     cache = Cache(folder)
     cache.load()
     goals = goals_of([table], scale, PARTS)
@@ -59,6 +67,9 @@ def _result(table: Table, scale: Scale, folder: Path, before: Entry | None, out:
     replayed = replay_result(table, cache, range(1, scale.replay_seeds + 1))
     if replayed is not None:
         result["replay"] = replayed
+    ranked = None if choices is None else implicit_result(choices, cache, scale)
+    if ranked is not None:
+        result["implicit"] = ranked
     _report(table, goals, cache, result, before, out / f"{table.which.name}.html")
     return result
 
