@@ -128,11 +128,7 @@ class PlainLearner:
         return self._row_losses(batch).sum(), self.data.labelled_weight(batch)
 
     def _row_losses(self, batch: Tensor) -> Tensor:
-        logits = self.model.logits(self.data, batch, self.known)
-        if self.data.offset is not None:
-            logits = logits + self.data.offset[batch, None].to(logits.device)
-        labels, weights = self.data.labels[batch].to(logits.device), self.data.weights[batch].to(logits.device)
-        return self.model.losses.loss(logits, labels, weights)
+        return self.model.losses.of_rows(self.data, batch, self.model.logits(self.data, batch, self.known))
 
     def tasks_in(self, batch: Tensor) -> int:
         return len(batch)
@@ -155,8 +151,6 @@ class PlainLearner:
             return None
         rows = self.validation.test.nonzero().flatten()
         rows = rows[ranks.share(torch.ones(len(rows)))]
-        device = self.model.device
-        labels, weights = self.data.labels[rows].to(device), self.data.weights[rows].to(device)
-        losses = self.model.losses.loss(self.predict(rows).to(device), labels, weights)
+        losses = self.model.losses.of_rows(self.data, rows, self.predict(rows).to(self.model.device))
         total, weight = ranks.sum(float(losses.sum()), self.data.labelled_weight(rows))
         return total / max(weight, 1e-12)

@@ -144,7 +144,6 @@ def mean_loss(model: MetaModel, data: Interactions, split: Split, ranks: Ranks =
         wanted = torch.unique(data.index[task][rows])
         tables[task] = shared_embeddings(model, data, task, grouped, wanted, ranks)
     rows = rows[ranks.share(torch.ones(len(rows)))]
-    labels, weights = data.labels[rows].to(model.device), data.weights[rows].to(model.device)
-    losses = model.losses.loss(model.predict(data, rows, tables), labels, weights)
+    losses = model.losses.of_rows(data, rows, model.predict(data, rows, tables))
     total, weight = ranks.sum(float(losses.sum()), data.labelled_weight(rows))
     return total / max(weight, 1e-12)

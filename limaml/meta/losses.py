@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from limaml.errors import ModelError
 from limaml.meta.adapted import widened
-from limaml.types import LossKind
+from limaml.types import Interactions, LossKind
 
 __all__ = ["Losses"]
 
@@ -79,6 +79,13 @@ class Losses(nn.Module):
             parts.append(((logits - y) ** 2 * torch.exp(-log_variance) + log_variance) / 2)
         loss = parts[0] if len(parts) == 1 else torch.where(self.squared, parts[1], parts[0])
         return (loss * known).sum(1) * weights.to(logits.dtype)
+
+    def of_rows(self, data: Interactions, rows: Tensor, logits: Tensor) -> Tensor:
+        """Weighted loss `[n]` of the rows `[n]` of `data` with these logits `[n, heads]`, in training and in validation
+        alike: sampled rows have the log-odds correction, without which their labels are not what the logits speak of."""
+        if data.offset is not None:
+            logits = logits + data.offset[rows, None].to(logits)
+        return self.loss(logits, data.labels[rows].to(logits.device), data.weights[rows].to(logits.device))
 
     def targets(self, labels: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What each logit is compared with (0 where a label is missing), and how much that weighs, both `[n, heads]`."""

@@ -268,8 +268,11 @@ def test_batches_judge_only_training_rows(query: str, types: tuple[str, ...]) ->
     assert float(loss.detach()) > 0
 
 
-def test_validation_is_the_loss_of_adapted_models() -> None:
+@pytest.mark.parametrize("sampled", [False, True], ids=["all rows", "sampled rows"])
+def test_validation_is_the_loss_of_adapted_models(sampled: bool) -> None:
     learner = made_learner(made_config(1), dropout=0.0)
+    if sampled:  # as the training loss has it: else the best model would be one that knows nothing yet
+        learner.data = replace(learner.data, offset=torch.linspace(0.5, 4, len(learner.data)))
     model, data, split = learner.model, learner.data, learner.validation
     assert split is not None
     learner.module.eval()
@@ -284,6 +287,8 @@ def test_validation_is_the_loss_of_adapted_models() -> None:
         table = torch.zeros(30, z.shape[1])
         table[task] = z
         logits = model.logits(data, mine.nonzero().flatten(), {"user": table}).detach()
+        if data.offset is not None:
+            logits = logits + data.offset[mine, None]
         total += float(torch.nn.functional.binary_cross_entropy_with_logits(logits, data.labels[mine], reduction="sum"))
         weight += int(mine.sum())
     assert mean_loss(model, data, split) == pytest.approx(total / weight, rel=1e-5)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from rival_data import small_config, small_problem
 
+from limaml.evaluate.baselines import PlainLearner, PlainModel
 from limaml.evaluate.methods import DESCRIPTIONS, METHODS, fit_method
 from limaml.evaluate.tune import SPACE
+from limaml.meta.build import build_global_block
+from limaml.meta.losses import Losses
 
 KINDS = [("warm", 1, ("user",)), ("new_tasks", 2, ("user", "shop"))]
 
@@ -64,3 +67,16 @@ def test_epochs_are_found_on_validation_rows(method: str) -> None:
     losses = [epoch.valid_loss for epoch in fitted.history.epochs]
     assert all(loss is not None and 0 < loss < 10 for loss in losses)
     assert 1 <= fitted.history.best <= len(losses)
+
+
+def test_plain_validation_has_the_log_odds_of_sampled_rows() -> None:
+    problem, config = small_problem("new_tasks", valid=True), small_config()
+    data = replace(problem.data, offset=torch.linspace(0.5, 4, len(problem.data)))
+    assert data.offset is not None
+    assert problem.validation is not None
+    model = PlainModel(build_global_block(problem.specs, config.model, {}, 1), Losses(problem.losses), {})
+    learner = PlainLearner(model, data, problem.split.train, config.train, problem.validation)
+    rows = problem.validation.test.nonzero().flatten()
+    shifted = learner.predict(rows) + data.offset[rows, None]
+    expected = model.losses.loss(shifted, data.labels[rows], data.weights[rows]).sum() / data.labelled_weight(rows)
+    assert learner.validate() == pytest.approx(float(expected), rel=1e-5)

@@ -213,20 +213,14 @@ class MeluLearner(MetaLearner):
     def _row_losses(self, batch: MetaBatch) -> Tensor:
         data, query = self.data, batch.batch.query
         logits = self.melu.logits(data, len(batch.batch.tasks), batch.batch.support, query)
-        if data.offset is not None:
-            logits = logits + data.offset[query.rows, None].to(logits.device)
-        labels, weights = data.labels[query.rows].to(logits.device), data.weights[query.rows].to(logits.device)
-        return self.melu.losses.loss(logits, labels, weights)
+        return self.melu.losses.of_rows(data, query.rows, logits)
 
     @torch.no_grad()
     def validate(self, ranks: Ranks = ALONE) -> float | None:
         if self.validation is None:
             return None
         rows, logits = self.melu.predict(self.data, self.validation)
-        shifted = logits if self.data.offset is None else logits + self.data.offset[rows, None]
-        device = self.melu.device
-        labels, weights = self.data.labels[rows].to(device), self.data.weights[rows].to(device)
-        losses = self.melu.losses.loss(shifted.to(device), labels, weights)
+        losses = self.melu.losses.of_rows(self.data, rows, logits.to(self.melu.device))
         return float(losses.sum()) / max(self.data.labelled_weight(rows), 1e-12)
 
 

@@ -53,8 +53,7 @@ def train_base(
 
 def mean_loss_of(losses: Losses, data: Interactions, rows: Tensor, logits: Tensor) -> float:
     """Mean weighted loss of the rows `[n]` with these logits `[n, heads]`."""
-    shifted = logits if data.offset is None else logits + data.offset[rows, None]
-    total = losses.loss(shifted, data.labels[rows], data.weights[rows]).sum()
+    total = losses.of_rows(data, rows, logits).sum()
     return float(total.detach()) / max(data.labelled_weight(rows), 1e-12)
 
 
