@@ -20,7 +20,8 @@ from benchmarks.evidence.bar import holm, lines, losses
 from benchmarks.evidence.implicits import implicit_result, make_choices, rankings_of
 from benchmarks.evidence.page import BEGIN, END, page, readme_table, with_table
 from benchmarks.evidence.pictures import draw
-from benchmarks.evidence.plan import MAIN, PROTOCOLS, Judging, Plan, Scale, goals_of, search
+from benchmarks.evidence.plan import MAIN, PROTOCOLS, Goal, Judging, Plan, Scale, goals_of, search, turn
+from benchmarks.evidence.replays import replays_of
 from benchmarks.evidence.results import read_results, result_of, write_result
 from benchmarks.evidence.runner import run_plan
 from benchmarks.evidence.sets import DataSet, Table, make_table, registered, sets_in
@@ -123,6 +124,15 @@ def test_every_method_is_tried_as_often_and_tested_on_the_same_seeds(
     # breadth first: every method has its first seed before any has its second
     seeds = [unit.seed for unit in plain if unit.epochs is not None][: 4 * len(MAIN)]
     assert seeds == [0] * 2 * len(MAIN) + [1] * 2 * len(MAIN)
+
+
+def test_a_run_cut_short_has_something_of_every_part(table: Table) -> None:
+    goals: list[Goal] = [*rankings_of([table], SMALL), *replays_of([table], replace(SMALL, replay_seeds=5), ["replay"])]
+    goals += goals_of([table], SMALL, ["main", "rivals", "ablations"])
+    order = list(dict.fromkeys((goal.part, goal.first) for goal in sorted(goals, key=turn)))
+    assert order[:2] == [("main", True), ("main", False)]
+    assert order[2:6] == [(part, True) for part in ("rivals", "replay", "ablations", "implicit")]
+    assert order[6:] == [(part, False) for part in ("rivals", "replay", "implicit")]
 
 
 def test_validation_chooses_the_least_loss_and_its_epochs(

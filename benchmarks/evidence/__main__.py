@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.evidence.implicits import make_choices, rankings_of
 from benchmarks.evidence.page import write_pages
 from benchmarks.evidence.pictures import draw
-from benchmarks.evidence.plan import Goal, Plan, Scale, goals_of
+from benchmarks.evidence.plan import Goal, Plan, Scale, goals_of, turn
 from benchmarks.evidence.replays import replays_of
 from benchmarks.evidence.results import read_results
 from benchmarks.evidence.runner import run_plan
@@ -98,7 +98,11 @@ def measure(chosen: argparse.Namespace, scale: Scale, out: Path, results: Path) 
     goals += replays_of(tables, scale, chosen.part)
     goals += rankings_of(list(choices.values()), scale, chosen.methods)
     failed = run_plan(
-        Plan(goals), cache, workers=chosen.workers, hours=chosen.hours, tell=lambda text: print(text, flush=True)
+        Plan(sorted(goals, key=turn)),
+        cache,
+        workers=chosen.workers,
+        hours=chosen.hours,
+        tell=lambda text: print(text, flush=True),
     )
     for name, fault in failed.items():
         print(f"Failed: {name}: {fault}", file=sys.stderr)

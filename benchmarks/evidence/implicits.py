@@ -134,7 +134,12 @@ def rankings_of(tables: Sequence[Table], scale: Scale, methods: Sequence[str] | 
     """The goals of the part, for tables of choices: every set with one seed first."""
     names = [m for m in METHODS if methods is None or m in methods]
     spans = [span for span in (range(1), range(1, scale.implicit_seeds)) if len(span)]
-    return [Ranking(table, method, seeds) for seeds in spans for table in tables for method in names]
+    return [
+        Ranking(table, method, seeds, part="implicit", first=seeds.start == 0)
+        for seeds in spans
+        for table in tables
+        for method in names
+    ]
 
 
 def implicit_result(table: Table, cache: Cache, scale: Scale) -> Entry | None:

@@ -1,7 +1,7 @@
 """What is to be measured, in which order: a list of goals, each of which knows the units it still lacks.
 
-Breadth first, so that a run that is cut short is still a page: every set with the main methods and seed 0, then the other
-seeds, then the rivals, then the ablations.
+Breadth first, so that a run that is cut short is still a page: every set with the main methods and seed 0, then their other
+seeds; rivals, replay, ablations and implicit feedback with their first seed; then the further seeds of these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.evidence.units import Cache, Runnable, Unit, trial_unit, unit_of
 from limaml.evaluate.methods import METHODS
 from limaml.evaluate.tune import SPACE, Trial, propose
 
-__all__ = ["MAIN", "PROTOCOLS", "Chosen", "Goal", "Judging", "Plan", "Scale", "goals_of", "rivals"]
+__all__ = ["MAIN", "PROTOCOLS", "Chosen", "Goal", "Judging", "Plan", "Scale", "goals_of", "rivals", "turn"]
 
 MAIN = ("base", "wide_and_deep", "limaml_gradient", "limaml_newton")
 PROTOCOLS = ("warm", "new_tasks")
@@ -104,8 +104,13 @@ def search(
 
 @dataclass
 class Goal:
-    """Something that needs units. `finished` is remembered, so that a goal is asked no more than it has to be."""
+    """Something that needs units. `finished` is remembered, so that a goal is asked no more than it has to be.
 
+    `part` and `first` say when its turn comes: every part's first seed before any part's further seeds, but for `main`.
+    """
+
+    part: str = field(default="main", kw_only=True)
+    first: bool = field(default=True, kw_only=True)
     finished: bool = field(default=False, init=False)
 
     def units(self, cache: Cache) -> Sequence[Runnable]:
@@ -155,6 +160,14 @@ class Judging(Goal):
         return chosen if isinstance(chosen, list) else self.tests(chosen)
 
 
+_ORDER = ("main", "rivals", "replay", "ablations", "implicit")
+
+
+def turn(goal: Goal) -> tuple[bool, int, bool]:
+    """What goals are sorted by."""
+    return not goal.first and goal.part != "main", _ORDER.index(goal.part), not goal.first
+
+
 @dataclass(frozen=True)
 class Plan:
     """All goals of a run, in order."""
@@ -185,11 +198,16 @@ def goals_of(
             continue
         mine = [table for table in tables if part in table.which.parts]
         for seeds in (range(1), range(1, scale.seeds)):
-            goals += [Judging(table, method, seeds, scale.trials) for table in mine for method in names if len(seeds)]
+            goals += [
+                Judging(table, method, seeds, scale.trials, part=part, first=seeds.start == 0)
+                for table in mine
+                for method in names
+                if len(seeds)
+            ]
     if "ablations" in parts:
         mine = [t for t in tables if "ablations" in t.which.parts and t.which.name in scale.ablation_sets]
         goals += [
-            Judging(table, variant.method, range(scale.ablation_seeds), scale.trials, variant)
+            Judging(table, variant.method, range(scale.ablation_seeds), scale.trials, variant, part="ablations")
             for table in mine
             for variant in variants_of(table)
             if variant.method in wanted(tuple(METHODS))

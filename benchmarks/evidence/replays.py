@@ -142,7 +142,8 @@ def replays_of(tables: Sequence[Table], scale: Scale, parts: Sequence[str]) -> l
     if "replay" not in parts:
         return []
     mine = [table for table in tables if table.which.clock and "replay" in table.which.parts]
-    return [Replays(table, seeds) for seeds in dict.fromkeys((1, scale.replay_seeds)) for table in mine]
+    counts = dict.fromkeys((1, scale.replay_seeds))
+    return [Replays(table, seeds, part="replay", first=seeds == 1) for seeds in counts for table in mine]
 
 
 def replay_result(table: Table, cache: Cache, seeds: Sequence[int]) -> Entry | None:
