@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from limaml.serving.bodies import Gone, Receive, read_body
 from limaml.serving.open_inference import decode_request, encode_response
-from limaml.serving.score_api import make_api, refused_response
+from limaml.serving.score_api import OPEN, make_api, refused_response
 from limaml.serving.service import Service
 from limaml.serving.tensors import Refused
 
@@ -29,9 +29,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 access = logging.getLogger("limaml.serving.access")
 
 INFER = re.compile(rb"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-OPEN = ("/v2/health/live", "/v2/health/ready")
-"""What a load balancer asks without a token."""
-
 _ENDPOINTS = {"/v1/score": "score", "/metrics": "metrics", "/docs": "docs", "/openapi.json": "docs", "/v2": "metadata"}
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -50,7 +47,7 @@ class HttpApp:
         self.service, self.max_body = service, max_body
         self._token = None if token is None else token.encode()
         self._least_logged = {"all": 0, "errors": 400, "none": 1000}[log]
-        self._api = make_api(service)
+        self._api = make_api(service, guarded=token is not None)
         self._counted: dict[tuple[str, int], tuple[Any, Any]] = {}
         """(endpoint, status) → what counts requests and what their seconds; both are few."""
 

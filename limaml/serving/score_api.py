@@ -1,6 +1,6 @@
 """`POST /v1/score` and what describes a server: for people with curl, and the page at /docs.
 
-The protocol's own `infer` is answered before any of this (`limaml.serving.http`); it stands here to be described.
+The protocol's own `infer` is answered before any of this (`limaml.serving.http`).
 """
 
 from __future__ import annotations
@@ -10,88 +10,19 @@ from typing import Annotated, Any
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from starlette.exceptions import HTTPException
 
+from limaml.serving.api_schema import FAILURES, HEALTH, Metadata, Ready, ScoreRequest, ScoreResponse, describe
+from limaml.serving.docs_page import Examples, address_of, docs_page, examples_of
 from limaml.serving.open_inference import encode_metadata
 from limaml.serving.questions import Question, column_of_values, columns_of_rows, rows_of
 from limaml.serving.service import Service
 from limaml.serving.tensors import Refused
 
-__all__ = ["Failure", "make_api", "refused_response"]
+__all__ = ["OPEN", "make_api", "refused_response"]
 
-Scalar = StrictBool | StrictInt | StrictFloat | StrictStr | None
-Row = dict[str, Scalar | list[Scalar]]
-
-EXAMPLE: Any = {"task": {"user_id": 42}, "candidates": [{"item_id": 7}, {"item_id": 8}]}
-
-
-class ScoreRequest(BaseModel):
-    """Either `rows`, each with its task's key and its features, or one `task` and its `candidates`."""
-
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
-
-    rows: list[Row] | None = None
-    task: Row | None = None
-    candidates: list[Row] | None = None
-    version: str | None = Field(default=None, description="A version to score with; the current one if left out.")
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="sample, seed, scale, logit_sd: docs/exploration.md."
-    )
-
-
-class ScoreResponse(BaseModel):
-    """Scores in the order of the rows, all from one version."""
-
-    model: str
-    version: str
-    scores: dict[str, list[float | None]] = Field(description="Label → a probability, or a value, for each row.")
-    logits: dict[str, list[float | None]]
-    known: list[bool] = Field(description="Whether the store knew all tasks of the row; if not, it is scored cold.")
-    store: str | None = Field(default=None, description="'down' if the store did not answer, and all rows are cold.")
-    sampled: bool | None = Field(default=None, description="Whether the scores are of a draw (parameter 'sample').")
-    logit_sd: dict[str, list[float | None]] | None = Field(
-        default=None, description="How sure each logit is (parameter 'logit_sd')."
-    )
-
-
-class Failure(BaseModel):
-    error: str = Field(description="What is wrong, where, and what to do.")
-
-
-class Tensor(BaseModel):
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class Metadata(BaseModel):
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
-class Ready(BaseModel):
-    name: str
-    ready: bool
-
-
-FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": Failure, "description": text}
-    for status, text in {
-        400: "The request cannot be scored; says what and where.",
-        401: "The bearer token is missing or wrong.",
-        404: "There is no such model or version.",
-        408: "The body did not arrive in time.",
-        413: "The body is too long.",
-        415: "The body is packed in a way that is not known.",
-        503: "Too many requests wait, or the store does not answer.",
-        504: "Not answered in time.",
-    }.items()
-}
-HEALTH: dict[int | str, dict[str, Any]] = {503: {"description": "Not yet, or no longer."}}
+OPEN = ("/v2/health/live", "/v2/health/ready")
+"""What a load balancer asks without a token."""
 
 
 def refused_response(refusal: Refused) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
@@ -155,12 +86,13 @@ async def score(service: Service, asked: ScoreRequest) -> dict[str, Any]:
     return document
 
 
-def make_api(service: Service) -> FastAPI:
-    """The application behind everything but `infer`."""
+def make_api(service: Service, *, guarded: bool = False) -> FastAPI:
+    """The application behind everything but `infer`. `guarded`: all but `OPEN` is described as wanting a token."""
     api = FastAPI(
         title="limaml",
         description="Scores of a recommender that is personalised per member, out of a store of meta embeddings.",
         version="2",
+        docs_url=None,
         redoc_url=None,
     )
 
@@ -222,6 +154,16 @@ def make_api(service: Service) -> FastAPI:
         body, kind = service.metrics.exposition()
         return Response(body, headers={"content-type": kind})
 
+    @api.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        try:
+            async with service.using(None) as loaded:
+                examples = examples_of(service.model, loaded)
+        except Refused:  # nothing is loaded yet, whose columns could be named
+            examples = Examples({"model": service.model})
+        page = docs_page(api.openapi(), address_of(request.scope), examples)
+        return Response(page, media_type="text/html")
+
     @api.exception_handler(Refused)
     async def on_refused(_: Request, refusal: Refused) -> Response:
         status, headers, body = refused_response(refusal)
@@ -237,6 +179,7 @@ def make_api(service: Service) -> FastAPI:
         response.headers.update(error.headers or {})
         return response
 
+    describe(api, open_paths=OPEN if guarded else None)
     return api
 
 

@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import gzip
 import json
+import re
+import shlex
 import zlib
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from typing import Any
 
 import httpx
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from published import publish_small, small
 
 import limaml
+from limaml.errors import StoreDown
 from limaml.serving.http import HttpApp
 from limaml.serving.open_inference import decode_request, encode_response
 from limaml.serving.service import Options, Service
@@ -230,7 +234,95 @@ def test_other_paths_and_methods(ask: Client) -> None:
         assert found.status_code == 404 and found.json()["error"], path
     assert ask("POST", "/v2/models/other/infer", json=body_of()).status_code == 404
     assert ask("GET", INFER).status_code == ask("GET", "/v1/score").status_code == 405
-    assert "/v1/score" in ask("GET", "/openapi.json").json()["paths"] and ask("GET", "/docs").status_code == 200
+    assert "/v1/score" in ask("GET", "/openapi.json").json()["paths"]
+
+
+class Page(HTMLParser):
+    """What a page says and shows, and all that its tags point to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.pointers: list[str] = []
+        self.commands: list[str] = []
+        self.text, self._open = "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag != "script"
+        self.pointers += [value or "" for name, value in attributes if name not in ("id", "class", "name", "content")]
+        self._open = tag
+        if tag == "pre":
+            self.commands.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._open == "pre":
+            self.commands[-1] += data
+
+
+def asked_by(command: str) -> tuple[str, str, dict[str, str], str | None]:
+    """Method, address, headers and body of a curl command."""
+    curl, url, *options = shlex.split(command.replace("\\\n", " "))
+    assert curl == "curl" and set(options[::2]) <= {"-H", "-d"}
+    pairs = list(zip(options[::2], options[1::2], strict=True))
+    headers = dict(value.split(": ", 1) for option, value in pairs if option == "-H")
+    body = next((value for option, value in pairs if option == "-d"), None)
+    return "GET" if body is None else "POST", url, headers, body
+
+
+@pytest.mark.parametrize("token", [None, "correct horse"])
+def test_the_docs_load_nothing_and_their_commands_are_answered(
+    served: tuple[Client, HttpApp, limaml.Predictor], token: str | None
+) -> None:
+    client, app, _ = served
+    ask = Client(HttpApp(app.service, token=token), client._runner)
+    admitted = {} if token is None else {"authorization": f"Bearer {token}"}
+    found = ask("GET", "/docs", headers=admitted)
+    assert found.status_code == 200 and found.headers["content-type"].startswith("text/html")
+    page = Page(found.text)
+    assert all(to.startswith(("#", "data:,")) or to == "openapi.json" for to in page.pointers if ":" in to or "/" in to)
+    assert set(re.findall(r"https?://[^/\s<]*", found.text)) == {"http://here"}
+    assert "//" not in found.text.replace("http://", "") and "url(" not in found.text and "@import" not in found.text
+    paths = ask("GET", "/openapi.json", headers=admitted).json()["paths"]
+    assert {"/v1/score", "/v2/models/{model}/infer", "/metrics"} < set(paths)
+    assert all(f"{method.upper()} {path}\n" in page.text for path in paths for method in paths[path])
+    assert len(page.commands) == sum(map(len, paths.values()))
+    for command in page.commands:
+        method, url, headers, body = asked_by(command)
+        assert ("authorization" in headers) == (token is not None and "/v2/health/" not in url), command
+        if "authorization" in headers:
+            assert str(token) not in command
+            headers["authorization"] = headers["authorization"].replace("$TOKEN", str(token))
+        answer = ask(method, url, headers=headers, content=body)
+        assert answer.status_code == 200, (command, answer.text)
+    ask.close()
+
+
+@pytest.mark.parametrize("host", ["a.b-c:80", "[::1]:8000", "x'; rm -rf y", "<b>", "a:b", "", "é", "[", "evil/path"])
+def test_the_docs_do_not_repeat_what_is_no_host(ask: Client, host: str) -> None:
+    found = ask("GET", "/docs", headers={"host": host.encode()})
+    good = host in ("a.b-c:80", "[::1]:8000")
+    assert found.status_code == 200
+    assert {asked_by(command)[1].split("/v")[0].split("/m")[0] for command in Page(found.text).commands} == {
+        f"http://{host if good else 'here'}"
+    }
+
+
+def test_the_docs_of_a_server_that_has_no_version_yet() -> None:
+    def down() -> Any:
+        raise StoreDown("It is down.")
+
+    service = Service(Versions(down, "a model"))
+    with asyncio.Runner() as runner:
+        ask = Client(HttpApp(service), runner)
+        page = Page(ask("GET", "/docs").text)
+        assert any("/v2/models/a%20model/infer" in command for command in page.commands)
+        bodies = [body for command in page.commands if (body := asked_by(command)[3]) is not None]
+        assert len(bodies) == 3 and all(json.loads(body) for body in bodies)
+        ask.close()
 
 
 def test_metrics_and_request_ids(ask: Client) -> None:
