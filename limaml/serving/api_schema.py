@@ -22,9 +22,9 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
-    rows: list[Row] | None = None
-    task: Row | None = None
-    candidates: list[Row] | None = None
+    rows: list[Row] | None = Field(default=None, description="Column → value, of each row to score.")
+    task: Row | None = Field(default=None, description="Column → value, of what is the same for all candidates.")
+    candidates: list[Row] | None = Field(default=None, description="Column → value, of each candidate of the task.")
     version: str | None = Field(default=None, description="A version to score with; the current one if left out.")
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="sample, seed, scale, logit_sd: docs/exploration.md."
@@ -158,6 +158,11 @@ def describe(api: FastAPI, *, open_paths: Collection[str] | None) -> None:
         description=api.description,
         routes=[*api.routes, *protocol.routes],
     )
+    document["components"]["schemas"].pop("HTTPValidationError")
+    document["components"]["schemas"].pop("ValidationError")
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own; here such a request is a 400
     if open_paths is not None:
         document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():

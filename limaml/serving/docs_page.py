@@ -83,10 +83,10 @@ def docs_page(document: Document, address: str, examples: Examples) -> str:
     contents, sections = list[str](), dict[str, list[str]]()
     guarded = False
     for number, (path, method, operation) in enumerate(_operations(document)):
-        title = f'<span class="method">{method.upper()}</span> {escape(path)}'
-        contents.append(f'<li><a href="#o{number}"><code>{title}</code></a></li>')
+        title, shown = f'<span class="method">{method.upper()}</span> ', escape(path)
+        contents.append(f'<li><code>{title}<a href="#o{number}">{shown}</a></code></li>')
         section = sections.setdefault(", ".join(operation.get("tags", ["other"])), [])
-        section.append(f'<section id="o{number}">\n<h3>{title}</h3>')
+        section.append(f'<section id="o{number}">\n<h3>{title}{shown}</h3>')
         section.extend(_operation(document, address, examples, path, method, operation))
         section.append("</section>")
         guarded |= bool(operation.get("security"))
@@ -111,9 +111,8 @@ def _operations(document: Document) -> Iterator[tuple[str, str, Document]]:
 def _operation(
     document: Document, address: str, examples: Examples, path: str, method: str, operation: Document
 ) -> Iterator[str]:
-    told = operation.get("description") or operation.get("summary")
-    if told:
-        yield f"<p>{escape(told)}</p>"
+    if "description" in operation:
+        yield f"<p>{escape(operation['description'])}</p>"
     body = operation.get("requestBody", {}).get("content", {}).get("application/json")
     rows = [
         (one["name"], f"{_kind(document, one['schema'])}, in the {one['in']}", one.get("description", ""))
@@ -128,7 +127,8 @@ def _operation(
         schema = _resolved(document, body["schema"])
         example = examples.bodies.get(path, next(iter(schema.get("examples", ())), {}))
     yield f"<pre>{escape(_curl(address, path, method, operation, examples.parameters, example))}</pre>"
-    yield _table(("answer", ""), [(status, one["description"]) for status, one in operation["responses"].items()])
+    answers = [(status, one["description"]) for status, one in sorted(operation["responses"].items())]
+    yield f"<details><summary>Answers</summary>{_table(('status', ''), answers)}</details>"
 
 
 def _curl(address: str, path: str, method: str, operation: Document, parameters: Mapping[str, str], body: Any) -> str:

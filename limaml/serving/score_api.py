@@ -103,20 +103,24 @@ def make_api(service: Service, *, guarded: bool = False) -> FastAPI:
 
     @api.get("/v2", tags=["Open Inference Protocol"])
     async def server_metadata() -> dict[str, Any]:
+        """The server's name, and the extensions of the protocol that it knows."""
         return {"name": "limaml", "version": "2", "extensions": ["binary_tensor_data"]}
 
     @api.get("/v2/health/live", tags=["Open Inference Protocol"])
     async def live() -> dict[str, bool]:
+        """Whether the process runs. Asked without a token."""
         return {"live": service.live}
 
     @api.get("/v2/health/ready", responses=HEALTH, tags=["Open Inference Protocol"])
     async def ready() -> Response:
+        """Whether requests are taken; if not, the reason. Asked without a token."""
         if service.ready():
             return _json({"ready": True})
         return _json({"ready": False} | ({"reason": service.waits_for} if service.waits_for else {}), 503)
 
     @api.get("/v2/models/{model}", responses=FAILURES, response_model=Metadata, tags=["Open Inference Protocol"])
     async def model_metadata(model: str) -> Response:
+        """Inputs and outputs of the version that is current, and the versions that can be asked for."""
         return _json(encode_metadata(await service.model_metadata(model)))
 
     @api.get(
@@ -126,6 +130,7 @@ def make_api(service: Service, *, guarded: bool = False) -> FastAPI:
         tags=["Open Inference Protocol"],
     )
     async def version_metadata(model: str, version: str) -> Response:
+        """Inputs and outputs of one version; it is loaded then."""
         return _json(encode_metadata(await service.model_metadata(model, version)))
 
     def is_ready(model: str, version: str | None = None) -> Response:
@@ -137,6 +142,7 @@ def make_api(service: Service, *, guarded: bool = False) -> FastAPI:
     @api.get("/v2/models/{model}/ready", responses={**FAILURES, **HEALTH}, response_model=Ready,
              tags=["Open Inference Protocol"])  # fmt: skip
     async def model_ready(model: str) -> Response:
+        """Whether requests for the model are taken."""
         return is_ready(model)
 
     @api.get("/v2/models/{model}/versions/{version}/ready", responses={**FAILURES, **HEALTH}, response_model=Ready,
@@ -151,6 +157,7 @@ def make_api(service: Service, *, guarded: bool = False) -> FastAPI:
     @api.get("/metrics", response_class=Response, tags=["operation"],
              responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
     async def metrics() -> Response:
+        """Numbers in the format of Prometheus."""
         body, kind = service.metrics.exposition()
         return Response(body, headers={"content-type": kind})
 

@@ -290,6 +290,7 @@ def test_the_docs_load_nothing_and_their_commands_are_answered(
     assert {"/v1/score", "/v2/models/{model}/infer", "/metrics"} < set(paths)
     assert all(f"{method.upper()} {path}\n" in page.text for path in paths for method in paths[path])
     assert len(page.commands) == sum(map(len, paths.values()))
+    assert all("422" not in one["responses"] and one["description"] for path in paths.values() for one in path.values())
     for command in page.commands:
         method, url, headers, body = asked_by(command)
         assert ("authorization" in headers) == (token is not None and "/v2/health/" not in url), command
