@@ -9,7 +9,7 @@ from typing import Any
 
 from limaml.serving.tensors import Refused
 
-__all__ = ["Gone", "Receive", "read_body", "unpacked"]
+__all__ = ["SECONDS", "Gone", "Receive", "read_body", "unpacked"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -23,16 +23,17 @@ class Gone(Exception):
     """Who asked has hung up."""
 
 
-async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> bytes:
-    """The body, unpacked; `Refused` with 413 if it is longer than `limit` bytes, 408 if it takes too long."""
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int, seconds: float = SECONDS) -> bytes:
+    """The body, unpacked; `Refused` with 413 if it is longer than `limit` bytes, 408 if it takes longer than `seconds`;
+    `Gone` if who asked hangs up."""
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced[:20]) > limit:
         raise _too_long(limit)
     try:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(seconds):
             body = await _whole(receive, limit)
     except TimeoutError:
-        raise Refused(408, f"The request's body did not arrive within {SECONDS:g} s.") from None
+        raise Refused(408, f"The request's body did not arrive within {seconds:g} s.") from None
     encoding = headers.get(b"content-encoding")
     return body if encoding is None else unpacked(body, encoding.decode("latin-1").strip().lower(), limit)
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
 
-from limaml.serving.bodies import Gone, Receive, read_body
+from limaml.serving.bodies import SECONDS, Gone, Receive, read_body
 from limaml.serving.open_inference import decode_request, encode_response
 from limaml.serving.score_api import OPEN, make_api, refused_response
 from limaml.serving.service import Service
@@ -29,12 +29,19 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 access = logging.getLogger("limaml.serving.access")
 
 INFER = re.compile(rb"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+PATIENCE = 0.05
+"""Seconds that a request waits before it is looked whether who asked is still there."""
+
 _ENDPOINTS = {"/v1/score": "score", "/metrics": "metrics", "/docs": "docs", "/openapi.json": "docs", "/v2": "metadata"}
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class HttpApp:
-    """The ASGI application. `log` says which requests are logged: "all", "errors" (status 400 and above) or "none"."""
+    """The ASGI application. `log` says which requests are logged: "all", "errors" (status 400 and above) or "none".
+
+    A body of more than `max_body` bytes, or one that takes longer than `body_seconds` to arrive, is refused. Who hangs up
+    while the body is read, or while the request waits, is counted as status 499, and what still waits is not scored.
+    """
 
     def __init__(
         self,
@@ -42,9 +49,10 @@ class HttpApp:
         *,
         token: str | None = None,
         max_body: int = 10 * 2**20,
+        body_seconds: float = SECONDS,
         log: Literal["all", "errors", "none"] = "errors",
     ) -> None:
-        self.service, self.max_body = service, max_body
+        self.service, self.max_body, self.body_seconds = service, max_body, body_seconds
         self._token = None if token is None else token.encode()
         self._least_logged = {"all": 0, "errors": 400, "none": 1000}[log]
         self._api = make_api(service, guarded=token is not None)
@@ -66,13 +74,14 @@ class HttpApp:
                 endpoint = _endpoint(scope["path"])
             if self._token is not None and scope["path"] not in OPEN:
                 self._admit(headers.get(b"authorization", b""))
-            body = await read_body(receive, headers, self.max_body)
-            if infer is not None and scope["method"] == "POST":
-                await self._infer(infer, headers, body, answer)
-            elif infer is not None:
-                raise Refused(405, f"infer is asked by POST, not {scope['method']}.")
-            else:
-                await self._api({**scope, "headers": _unpacked(scope["headers"])}, _replayed(body), answer)
+            body = await read_body(receive, headers, self.max_body, self.body_seconds)
+            with _Watched(receive, answer):
+                if infer is not None and scope["method"] == "POST":
+                    await self._infer(infer, headers, body, answer)
+                elif infer is not None:
+                    raise Refused(405, f"infer is asked by POST, not {scope['method']}.")
+                else:
+                    await self._api({**scope, "headers": _unpacked(scope["headers"])}, _replayed(body), answer)
         except Refused as refusal:
             await answer.refuse(refusal)
         except Gone:
@@ -158,6 +167,40 @@ class _Answer:
                 await self.whole(*refused_response(refusal))
             except Gone:
                 self.status = 499
+
+
+class _Watched:
+    """Ends what is done in here with `Gone` when who asked hangs up before the answer has begun.
+
+    Looking costs a task, and most requests are answered before anybody gives them up: so it begins after `PATIENCE`.
+    """
+
+    def __init__(self, receive: Receive, answer: _Answer) -> None:
+        self._receive, self._answer = receive, answer
+        self._gone = False
+
+    def __enter__(self) -> None:
+        self._asked = asyncio.current_task()
+        self._looking: asyncio.Task[None] | None = None
+        self._alarm = asyncio.get_running_loop().call_later(PATIENCE, self._look)
+
+    def _look(self) -> None:
+        self._looking = asyncio.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        message = await self._receive()
+        begun = self._answer.status != 0  # a finished answer is told by a disconnect, too
+        if message["type"] == "http.disconnect" and not begun and self._asked is not None:
+            self._gone = True
+            self._asked.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._alarm.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
+        if self._gone and self._asked is not None:
+            self._asked.uncancel()
+            raise Gone from None
 
 
 def _identity(given: bytes | None) -> str:

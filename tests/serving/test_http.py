@@ -8,14 +8,17 @@ import gzip
 import json
 import re
 import shlex
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from published import publish_small, small
@@ -27,6 +30,7 @@ from limaml.serving.open_inference import decode_request, encode_response
 from limaml.serving.service import Options, Service
 from limaml.serving.tensors import DATATYPES, InferResponse, InferTensor, Refused
 from limaml.serving.versions import Versions
+from limaml.store.contract import Store
 
 INFER = "/v2/models/model/infer"
 FRAME = small().frame.select("user_id", "item_id", "category", "quality")
@@ -353,6 +357,142 @@ def test_without_the_token_nothing_is_answered_but_health(
     good = {"authorization": "Bearer correct horse battery"}
     assert guarded("POST", INFER, json=body_of(), headers=good).status_code == 200
     guarded.close()
+
+
+@contextlib.asynccontextmanager
+async def listening(app: HttpApp) -> AsyncIterator[int]:
+    """The application on a port of its own, which is given."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    running = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.001)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+
+
+def wire(method: str, path: str, body: bytes, length: int | None = None) -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body) if length is None else length}\r\n\r\n".encode() + body
+
+
+def count_of(service: Service, endpoint: str, status: int) -> float:
+    counter = service.metrics.requests.labels(endpoint, str(status))
+    return float(counter._value.get())
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not true():
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize(("path", "endpoint"), [(INFER, "infer"), ("/v1/score", "score")])
+def test_who_hangs_up_within_the_body_is_499(
+    served: tuple[Client, HttpApp, limaml.Predictor], path: str, endpoint: str
+) -> None:
+    client, app, _ = served
+
+    async def hang_up() -> None:
+        before = count_of(app.service, endpoint, 499)
+        async with listening(app) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(wire("POST", path, b'{"inputs"', 500))
+            await writer.drain()
+            await asyncio.sleep(0.02)
+            writer.close()
+            await until(lambda: count_of(app.service, endpoint, 499) == before + 1)
+
+    client._runner.run(hang_up())
+
+
+@pytest.mark.parametrize("path", [INFER, "/v1/score"])
+def test_who_hangs_up_while_waiting_is_499_and_is_not_scored(
+    served: tuple[Client, HttpApp, limaml.Predictor], path: str, tmp_path: Path
+) -> None:
+    """The store holds one batch up, as a slow server would. Of two requests behind it one is given up: the other alone is
+    scored next."""
+    held, hold = threading.Event(), threading.Event()
+    batches: list[int] = []
+    asked = body_of() if path == INFER else {"rows": FRAME.head(3).to_dicts()}
+    sent = wire("POST", path, json.dumps(asked).encode())
+
+    async def hang_up(store: Store) -> None:
+        service = Service(Versions(store, "model"), Options(timeout=60, inline=False))
+        await service.start()
+        score = service._batches.score
+
+        def slow(batch: Any) -> Any:
+            batches.append(len(batch))
+            held.set()
+            assert hold.wait(30)
+            return score(batch)
+
+        service._batches.score = slow  # type: ignore[method-assign]
+        endpoint = "infer" if path == INFER else "score"
+        async with listening(HttpApp(service)) as port:
+            connections = []
+            for number in range(3):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                connections.append((reader, writer))
+                writer.write(sent)
+                await until(lambda number=number: held.is_set() and service._in_flight == number + 1)  # type: ignore[misc]
+            connections[0][1].close()
+            connections[1][1].close()
+            await until(lambda: count_of(service, endpoint, 499) == 2)
+            assert service._in_flight == 1
+            hold.set()
+            reader, writer = connections[2]
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            assert batches == [1, 1]
+            writer.write(sent)  # the connection goes on, however long its first request was watched
+            await until(lambda: count_of(service, endpoint, 200) == 2)
+            writer.close()
+        assert count_of(service, endpoint, 499) == 2
+        await service.drain()
+
+    publish_small(tmp_path)
+    with limaml.open_store(tmp_path / "store") as store, asyncio.Runner() as runner:
+        runner.run(hang_up(store))
+
+
+def test_an_answer_that_meets_a_closed_connection_is_499(served: tuple[Client, HttpApp, limaml.Predictor]) -> None:
+    """uvloop says so by an error, where the connection was lost within the same turn of the loop."""
+    client, app, _ = served
+    body = json.dumps(body_of()).encode()
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport>; the handler is closed")
+
+    scope = {"type": "http", "method": "POST", "path": INFER, "headers": []}
+    before = count_of(app.service, "infer", 499)
+    client._runner.run(app(scope, receive, send))
+    assert count_of(app.service, "infer", 499) == before + 1
+
+
+@pytest.mark.parametrize("sent", [b"", b"{"], ids=["nothing", "a beginning"])
+def test_a_body_that_does_not_come_is_408(served: tuple[Client, HttpApp, limaml.Predictor], sent: bytes) -> None:
+    client, app, _ = served
+    assert app.body_seconds == 30
+
+    async def wait() -> bytes:
+        async with listening(HttpApp(app.service, body_seconds=0.05)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(wire("POST", INFER, sent, 500))
+            head = await reader.readuntil(b"\r\n\r\n")
+            found = head + await reader.readuntil(b"}")
+            writer.close()
+            return found
+
+    head, _, body = client._runner.run(wait()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(body) == {"error": "The request's body did not arrive within 0.05 s."}
 
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
