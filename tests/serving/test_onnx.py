@@ -1,16 +1,30 @@
-"""The exported global block equals torch on inputs it was not checked on; what cannot be exported is said."""
+"""The exported global block equals torch on inputs it was not checked on; what cannot be exported is said; a server goes on
+answering while it exports."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
+from published import publish_small, small
 from torch import Tensor, nn
 
+import limaml
 from limaml.errors import ArtifactError, ModelError
 from limaml.meta import ConcatMLP, CrossNetwork, InteractionMLP
+from limaml.serving import onnx
 from limaml.serving.onnx import OnnxBlock, export_block, random_inputs
+from limaml.serving.service import Options, Service
+from limaml.serving.tensors import InferRequest, InferTensor
+from limaml.serving.versions import Versions
+from limaml.store.contract import Store
 from limaml.types import FeatureKind, Features, FeatureSpec
 
 SPECS = (
@@ -113,3 +127,73 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
     (tmp_path / "block.onnx").write_bytes(b"nothing of the kind")
     with pytest.raises(ArtifactError, match="cannot be run by onnxruntime"):
         OnnxBlock(tmp_path / "block.onnx")
+
+
+def test_the_version_before_answers_while_a_new_one_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: while the export is held up, and while it really runs."""
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'limaml[onnx]'")
+    frame = small().frame.select("user_id", "item_id", "category", "quality").head(5)
+    inputs = {}
+    for column in frame.columns:
+        text = frame[column].dtype == pl.String
+        values = [value.encode() if text else value for value in frame[column].to_list()]
+        inputs[column] = InferTensor.of(column, np.array(values, object if text else None))
+    begun, go, threads = threading.Event(), threading.Event(), list[str]()
+    export = onnx._program
+
+    def held(block: nn.Module, sample: Features) -> Any:
+        threads.append(threading.current_thread().name)
+        if len(threads) > 1:  # not the one that the service starts with
+            begun.set()
+            assert go.wait(60)
+        return export(block, sample)
+
+    monkeypatch.setattr(onnx, "_program", held)
+
+    async def main(store: Store, publish_next: Callable[[], str]) -> None:
+        versions = Versions(store, "model", runtime="onnx", onnx_folder=tmp_path)
+        service = Service(versions, Options(poll=0.01, timeout=60))
+        await service.start()
+
+        async def ask() -> tuple[str, Any]:
+            answer = await service.infer(InferRequest("model", None, None, inputs))
+            return answer.version, answer.outputs[0].data
+
+        try:
+            old, wanted = await ask()
+            new = publish_next()
+            while not begun.is_set():
+                await asyncio.sleep(0.005)
+            for _ in range(20):
+                version, scores = await ask()
+                assert version == old and np.array_equal(scores, wanted)
+            assert store.current("model") == new
+            go.set()
+            beside = 0
+            while version == old:
+                assert np.array_equal(scores, wanted)
+                await asyncio.sleep(0.02)  # which leaves the interpreter to the export
+                version, scores = await ask()
+                beside += 1
+            assert version == new and beside > 1
+            with limaml.Predictor(store, "model") as predictor:
+                np.testing.assert_allclose(scores, predictor.score(frame).predictions[:, 0], atol=1e-5)
+            assert not np.allclose(scores, wanted, atol=1e-4)
+        finally:
+            go.set()
+            await service.drain()
+
+    publish_small(tmp_path)
+    with limaml.open_store(tmp_path / "store") as store:
+
+        def publish_next() -> str:
+            training = small("gradient").training
+            trained = training.save(tmp_path / "next")
+            limaml.publish(store, "model", trained, tmp_path / "next", training.data)
+            return str(store.current("model"))
+
+        asyncio.run(main(store, publish_next))
+    assert len(threads) == 2 and all(name.startswith("limaml-load") for name in threads)
