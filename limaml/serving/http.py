@@ -56,6 +56,7 @@ class HttpApp:
         self._token = None if token is None else token.encode()
         self._least_logged = {"all": 0, "errors": 400, "none": 1000}[log]
         self._api = make_api(service, guarded=token is not None)
+        self._waiting = _Waiting()
         self._counted: dict[tuple[str, int], tuple[Any, Any]] = {}
         """(endpoint, status) → what counts requests and what their seconds; both are few."""
 
@@ -75,7 +76,7 @@ class HttpApp:
             if self._token is not None and scope["path"] not in OPEN:
                 self._admit(headers.get(b"authorization", b""))
             body = await read_body(receive, headers, self.max_body, self.body_seconds)
-            with _Watched(receive, answer):
+            with _Watched(receive, answer, self._waiting):
                 if infer is not None and scope["method"] == "POST":
                     await self._infer(infer, headers, body, answer)
                 elif infer is not None:
@@ -169,23 +170,45 @@ class _Answer:
                 self.status = 499
 
 
+class _Waiting(set["_Watched"]):
+    """Requests that are not answered yet; one timer for all of them, since one for each would cost more than the rest."""
+
+    _timed = False
+
+    def add(self, request: _Watched) -> None:
+        super().add(request)
+        if not self._timed:
+            self._timed = True
+            asyncio.get_running_loop().call_later(PATIENCE, self._look)
+
+    def _look(self) -> None:
+        for request in self:
+            request.look()
+        self._timed = bool(self)
+        if self._timed:
+            asyncio.get_running_loop().call_later(PATIENCE, self._look)
+
+
 class _Watched:
     """Ends what is done in here with `Gone` when who asked hangs up before the answer has begun.
 
-    Looking costs a task, and most requests are answered before anybody gives them up: so it begins after `PATIENCE`.
+    Looking costs a task, and most requests are answered before anybody gives them up: so it begins when a request was seen
+    waiting twice, `PATIENCE` apart.
     """
 
-    def __init__(self, receive: Receive, answer: _Answer) -> None:
-        self._receive, self._answer = receive, answer
-        self._gone = False
+    def __init__(self, receive: Receive, answer: _Answer, waiting: _Waiting) -> None:
+        self._receive, self._answer, self._waiting = receive, answer, waiting
+        self._seen = self._gone = False
+        self._looking: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
         self._asked = asyncio.current_task()
-        self._looking: asyncio.Task[None] | None = None
-        self._alarm = asyncio.get_running_loop().call_later(PATIENCE, self._look)
+        self._waiting.add(self)
 
-    def _look(self) -> None:
-        self._looking = asyncio.create_task(self._wait())
+    def look(self) -> None:
+        if self._seen and self._looking is None:
+            self._looking = asyncio.create_task(self._wait())
+        self._seen = True
 
     async def _wait(self) -> None:
         message = await self._receive()
@@ -195,7 +218,7 @@ class _Watched:
             self._asked.cancel()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._alarm.cancel()
+        self._waiting.discard(self)
         if self._looking is not None:
             self._looking.cancel()
         if self._gone and self._asked is not None:
