@@ -80,17 +80,20 @@ def make_world(folder: Path, *, members: int, rows: int, dim: int, requests: int
 
 
 @torch.no_grad()
-def bare_forward(world: World, repeats: int = 300) -> float:
-    """Median seconds of the global block alone, on rows that are encoded and an embedding that is looked up."""
+def bare_forward(world: World, batch: int = 1, repeats: int = 300) -> float:
+    """Median seconds, per request, of the global block alone on the rows of `batch` requests at once: rows that are
+    encoded, and embeddings that are looked up."""
     trained, times = world.trained, []
     block = trained.model.global_block.eval()
-    for request in world.asked[:repeats]:
-        features = trained.encoder.encode_features(pl.DataFrame(dict(request.columns)), "row")
-        z = torch.randn(1, trained.model.dims["user_id"] or 0)
-        features["user_id_embedding"] = z.expand(len(request.columns["item_id"]), -1)
+    for first in range(0, repeats * batch, batch):
+        requests = [world.asked[place % len(world.asked)] for place in range(first, first + batch)]
+        rows = pl.concat([pl.DataFrame(dict(request.columns)) for request in requests])
+        features = trained.encoder.encode_features(rows, "row")
+        z = torch.randn(batch, trained.model.dims["user_id"] or 0)
+        features["user_id_embedding"] = z.repeat_interleave(rows.height // batch, 0)
         begun = time.perf_counter()
         block(features)
-        times.append(time.perf_counter() - begun)
+        times.append((time.perf_counter() - begun) / batch)
     return float(np.median(times))
 
 
