@@ -245,7 +245,7 @@ def page(found: dict[str, Any]) -> str:
         "publications of the run, the median). A look-up is decoded to an array where it is ours or Feast's; bare reads are bytes.",
         "",
         f"After {found['upserts']:,} upserts into it, LMDB answers 1 id in {microseconds(ours, 'upserted_get1_p50')} µs and 100 in "
-        f"{microseconds(ours, 'upserted_get100_p50')} µs (p50): each id is then looked for among the upserts first.",
+        f"{microseconds(ours, 'upserted_get100_p50')} µs (p50): ids that may have an upsert are then looked for among the upserts first.",
     ]
     if "feast" in found:
         redis_ours = found["redis"]["one server"]["ours"]
