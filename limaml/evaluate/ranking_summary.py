@@ -15,7 +15,16 @@ from limaml.errors import DataError
 from limaml.evaluate.bootstrap import ALL, Replicates, task_weights
 from limaml.evaluate.predictions import QUARTILES, Floats, quartiles
 from limaml.evaluate.ranking import RANKING_METRICS, Ranked
-from limaml.evaluate.summary import BASELINES, BucketSize, Delta, MetricInterval, Run, Summary, pairs_of, verdict_of
+from limaml.evaluate.summary import (
+    BASELINES,
+    BucketSize,
+    Delta,
+    MetricInterval,
+    Run,
+    Summary,
+    deltas_of,
+    intervals_of,
+)
 
 __all__ = ["RankedRun", "rank_bootstrap", "summarise_ranked"]
 
@@ -62,29 +71,8 @@ def summarise_ranked(
         draws = rank_bootstrap(items, replicates=replicates, seed=seed, level=level)
         for item in items:
             runs += _runs(item, draws)
-        for bucket in draws.buckets:
-            for metric in draws.metrics:
-                for method in draws.methods:
-                    found = draws.interval(method, bucket, metric)
-                    intervals.append(
-                        MetricInterval(dataset, protocol, method, bucket, metric, found.value, found.low, found.high)
-                    )
-                for method, baseline in pairs_of(draws.methods, baselines):
-                    found = draws.difference(method, baseline, bucket, metric)
-                    deltas.append(
-                        Delta(
-                            dataset,
-                            protocol,
-                            method,
-                            baseline,
-                            bucket,
-                            metric,
-                            found.value,
-                            found.low,
-                            found.high,
-                            verdict_of(metric, found),
-                        )
-                    )
+        intervals += intervals_of(draws, dataset, protocol)
+        deltas += deltas_of(draws, dataset, protocol, baselines, draws.metrics)
         sizes += _sizes(items)
     return Summary(
         runs=tuple(runs),

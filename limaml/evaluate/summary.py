@@ -34,11 +34,12 @@ __all__ = [
     "Run",
     "Summary",
     "Verdict",
+    "deltas_of",
     "groups",
+    "intervals_of",
     "pairs_of",
     "strict",
     "summarise",
-    "verdict_of",
     "write_metrics",
 ]
 
@@ -239,32 +240,9 @@ def summarise(
         draws = bootstrap(items, replicates=replicates, seed=seed, level=level)
         for item in items:
             runs += _runs(item, draws)
-        for method in draws.methods:
-            for bucket in draws.buckets:
-                for metric in draws.metrics:
-                    found = draws.interval(method, bucket, metric)
-                    intervals.append(
-                        MetricInterval(dataset, protocol, method, bucket, metric, found.value, found.low, found.high)
-                    )
-            curves.append(_calibration([p for p in items if p.method == method], bins))
-        for method, baseline in pairs_of(draws.methods, baselines):
-            for bucket in draws.buckets:
-                for metric in COMPARED[items[0].loss]:
-                    found = draws.difference(method, baseline, bucket, metric)
-                    deltas.append(
-                        Delta(
-                            dataset,
-                            protocol,
-                            method,
-                            baseline,
-                            bucket,
-                            metric,
-                            found.value,
-                            found.low,
-                            found.high,
-                            verdict_of(metric, found),
-                        )
-                    )
+        intervals += intervals_of(draws, dataset, protocol)
+        deltas += deltas_of(draws, dataset, protocol, baselines, COMPARED[items[0].loss])
+        curves += [_calibration([p for p in items if p.method == method], bins) for method in draws.methods]
         sizes += _bucket_sizes(items)
     return Summary(
         runs=tuple(runs),
@@ -286,6 +264,29 @@ def write_metrics(summary: Summary, path: str | Path, notes: Sequence[str] = ())
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**summary.as_json(), "notes": list(notes)} if notes else summary.as_json()
     path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+
+
+def intervals_of(draws: Replicates, dataset: str, protocol: str) -> Iterator[MetricInterval]:
+    """Every metric of each method in each bucket."""
+    for method in draws.methods:
+        for bucket in draws.buckets:
+            for metric in draws.metrics:
+                found = draws.interval(method, bucket, metric)
+                yield MetricInterval(dataset, protocol, method, bucket, metric, found.value, found.low, found.high)
+
+
+def deltas_of(
+    draws: Replicates, dataset: str, protocol: str, baselines: Sequence[str], metrics: Sequence[str]
+) -> Iterator[Delta]:
+    """How each method differs from the baselines it is compared with, in each bucket and each of these `metrics`."""
+    for method, baseline in pairs_of(draws.methods, baselines):
+        for bucket in draws.buckets:
+            for metric in metrics:
+                found = draws.difference(method, baseline, bucket, metric)
+                verdict = verdict_of(metric, found)
+                yield Delta(
+                    dataset, protocol, method, baseline, bucket, metric, found.value, found.low, found.high, verdict
+                )
 
 
 def pairs_of(methods: Sequence[str], baselines: Sequence[str]) -> Iterator[tuple[str, str]]:
