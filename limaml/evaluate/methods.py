@@ -9,6 +9,7 @@ import torch
 from limaml.config import Config
 from limaml.errors import ConfigError
 from limaml.evaluate.baselines import ConstantBlock, PlainLearner, PlainModel
+from limaml.evaluate.meta_method import fit_learner
 from limaml.evaluate.problem import Fitted, Problem, Run
 from limaml.evaluate.rivals.cavia import cavia
 from limaml.evaluate.rivals.fine_tuned import fine_tuned
@@ -22,7 +23,6 @@ from limaml.meta.build import build_global_block, build_meta_model
 from limaml.meta.learn import MetaLearner
 from limaml.meta.losses import Losses
 from limaml.meta.outer import Progress, fit
-from limaml.tasks import TaskRows
 
 __all__ = ["DESCRIPTIONS", "METHODS", "Fitted", "Problem", "check_methods", "config_of", "fit_method"]
 
@@ -55,14 +55,7 @@ def _limaml(problem: Problem, config: Config, progress: Callable[[Progress], Non
     model = build_meta_model(problem.specs, problem.tasks, problem.losses, config.model, config.adapt)
     model = model.to(config.train.device)
     learner = MetaLearner(model, data, split.train, config.train, problem.validation)
-    history = fit(learner, config.train, progress=progress)
-    model = model.cpu()
-    rows = split.test.nonzero().flatten()
-    embeddings = {}
-    for task in model.tasks:
-        grouped = TaskRows.of(data.index[task], data.count(task), split.support)
-        embeddings[task] = model.embed(data, task, grouped)
-    return Fitted(model.losses.outputs(model.predict(data, rows, embeddings)), rows, history, model, embeddings)
+    return fit_learner(learner, problem, config, progress)
 
 
 METHODS: Mapping[str, tuple[Run, Mapping[str, Mapping[str, object]]]] = {

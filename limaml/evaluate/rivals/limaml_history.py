@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from limaml.config import Config
+from limaml.evaluate.meta_method import fit_learner
 from limaml.evaluate.problem import Fitted, Problem
 from limaml.evaluate.rivals.history import HistoryBlock, Mean, with_history
 from limaml.evaluate.rivals.history_methods import block_with_history
@@ -25,8 +27,7 @@ from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.learn import MetaBatch, MetaLearner
 from limaml.meta.losses import Losses
 from limaml.meta.model import MetaModel
-from limaml.meta.outer import Progress, fit
-from limaml.tasks import TaskRows
+from limaml.meta.outer import Progress
 
 __all__ = ["HistoryMetaLearner", "limaml_history"]
 
@@ -105,11 +106,4 @@ def limaml_history(problem: Problem, config: Config, progress: Callable[[Progres
     model.losses = losses  # the history's labels are in the same units
     model = model.to(config.train.device)
     learner = HistoryMetaLearner(model, data, split.train, config.train, problem.validation).looking_back(block, pasts)
-    history = fit(learner, config.train, progress=progress)
-    model = model.cpu()
-    rows = split.test.nonzero().flatten()
-    embeddings = {}
-    for task in model.tasks:
-        embeddings[task] = model.embed(data, task, TaskRows.of(data.index[task], data.count(task), split.support))
-    outputs = losses.outputs(model.predict(data, rows, embeddings))
-    return Fitted(outputs, rows, history, None, embeddings)
+    return replace(fit_learner(learner, problem, config, progress), model=None)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from limaml.config import Config
+from limaml.evaluate.meta_method import fit_learner
 from limaml.evaluate.problem import Fitted, Problem
 from limaml.evaluate.rivals.encoding import RowEncoder, outcomes
 from limaml.evaluate.rivals.history_methods import trained_entries
@@ -23,10 +25,9 @@ from limaml.meta.blocks import MetaMLP
 from limaml.meta.build import build_global_block
 from limaml.meta.learn import MetaLearner
 from limaml.meta.model import MetaModel
-from limaml.meta.outer import Progress, fit
+from limaml.meta.outer import Progress
 from limaml.meta.segments import Segments
 from limaml.meta.uncertainty import Posterior
-from limaml.tasks import TaskRows
 from limaml.types import Interactions, Rows
 
 __all__ = ["SetEncoder", "SetEncoderModel", "set_encoder"]
@@ -110,11 +111,4 @@ def fit_meta(model: MetaModel, problem: Problem, config: Config, progress: Calla
     """Meta-train `model` and score with it, as for LiMAML. It is not kept: it is not a model that serving knows."""
     data, split = problem.data, problem.judged
     learner = MetaLearner(model, data, split.train, config.train, problem.validation)
-    history = fit(learner, config.train, progress=progress)
-    model = model.cpu()
-    rows = split.test.nonzero().flatten()
-    embeddings = {}
-    for task in model.tasks:
-        embeddings[task] = model.embed(data, task, TaskRows.of(data.index[task], data.count(task), split.support))
-    outputs = model.losses.outputs(model.predict(data, rows, embeddings))
-    return Fitted(outputs, rows, history, None, embeddings)
+    return replace(fit_learner(learner, problem, config, progress), model=None)
