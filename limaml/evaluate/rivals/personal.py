@@ -7,6 +7,7 @@ chosen on it, and the base is trained again on everything. So such a method cost
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -57,18 +58,18 @@ def mean_loss_of(losses: Losses, data: Interactions, rows: Tensor, logits: Tenso
     return float(total.detach()) / max(data.labelled_weight(rows), 1e-12)
 
 
-class Personal(Generic[Setting]):
+class Personal(ABC, Generic[Setting]):
     """A method that is a base model and something per member. `choose` finds a setting and its loss on a split's test
     rows; `apply` gives logits of a split's test rows `[n, heads]`; both may adapt on its support rows alone."""
 
-    def choose(self, base: PlainLearner, split: Split) -> tuple[Setting, float]:
-        raise NotImplementedError
+    @abstractmethod
+    def choose(self, base: PlainLearner, split: Split) -> tuple[Setting, float]: ...
 
-    def apply(self, base: PlainLearner, split: Split, setting: Setting) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def apply(self, base: PlainLearner, split: Split, setting: Setting) -> Tensor: ...
 
-    def told(self, setting: Setting) -> Mapping[str, float]:
-        raise NotImplementedError
+    @abstractmethod
+    def told(self, setting: Setting) -> Mapping[str, float]: ...
 
     def fitted(
         self,
