@@ -88,7 +88,7 @@ class TrainConfig(_Frozen):
         default=0.03, gt=0, description="Of learned rates, prior count, prior precision, half-life."
     )
     table_decay: float = Field(
-        default=30.0, ge=0, description="Prior precision of embedding tables: λ|w|²/2 per data set."
+        default=100.0, ge=0, description="Prior precision of embedding tables: λ|w|²/2 per data set."
     )
     decay: float = Field(default=5.0, ge=0, description="Prior precision of all other weights.")
     rows_per_batch: int | None = Field(

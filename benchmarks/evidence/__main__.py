@@ -49,6 +49,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="seeds of the comparison")
     parser.add_argument("--trials", type=int, help="settings tried per method and set, the defaults first")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
+    parser.add_argument("--device", default="cpu", help="where the blocks are trained: cpu, cuda, …")
     parser.add_argument("--hours", type=float, help="start nothing new after so many hours")
     parser.add_argument("--out", type=Path, help="folder of the cache and the reports (default: runs/evidence)")
     parser.add_argument(
@@ -101,6 +102,7 @@ def measure(chosen: argparse.Namespace, scale: Scale, out: Path, results: Path) 
         Plan(sorted(goals, key=turn)),
         cache,
         workers=chosen.workers,
+        device=chosen.device,
         hours=chosen.hours,
         tell=lambda text: print(text, flush=True),
     )

@@ -14,7 +14,7 @@ import polars as pl
 from benchmarks.evidence.plan import MAIN, PROTOCOLS, Goal, Scale
 from benchmarks.evidence.results import Entry
 from benchmarks.evidence.sets import Table, source_of
-from benchmarks.evidence.units import Cache, Runnable, Unit
+from benchmarks.evidence.units import Cache, Runnable, Unit, trained_on
 from limaml.config import parse_config
 from limaml.errors import LimamlError
 from limaml.evaluate.bootstrap import ALL
@@ -36,14 +36,14 @@ _COUNTS = ("task", "support", "positives")
 class RankUnit(Unit):
     """One training on choices and sampled negatives; a test ranks all candidates."""
 
-    def run(self, folder: Path) -> dict[str, Any]:
+    def run(self, folder: Path, device: str = "cpu") -> dict[str, Any]:
         """Train, write what came of it, and return it."""
         arrays: dict[str, Any] = {}
         found: dict[str, Any] = {}
         started, wall = time.process_time(), time.perf_counter()
         try:
             job = Job(self.protocol, self.method, self.seed, self.epochs)
-            answer = work(job, self.table, self.schema, self.dataset, self.config)
+            answer = work(job, self.table, self.schema, self.dataset, trained_on(device, self.config))
             found = {"cpu_seconds": time.process_time() - started, "seconds": time.perf_counter() - wall}
             found["epochs"] = max(1, answer.best)
             if self.epochs is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.evidence.plan import Goal, Scale
 from benchmarks.evidence.sets import Table
 from benchmarks.evidence.units import VERSIONS, Cache, Runnable
+from limaml.config import parse_config
 from limaml.evaluate.bootstrap import ALL
 from limaml.evaluate.replay import replay
 from limaml.evaluate.summary import LOWER_IS_BETTER
@@ -53,13 +54,14 @@ class ReplayUnit:
     def name(self) -> str:
         return f"{self.dataset} · replay · {METHOD} · {self.seeds} seeds"
 
-    def run(self, folder: Path) -> Entry:
+    def run(self, folder: Path, device: str = "cpu") -> Entry:
         """Replay, keep what the page shows."""
         started = time.perf_counter()
         done = replay(
             Path(self.table),
             Schema.model_validate_json(self.schema),
             dataset=self.dataset,
+            config=parse_config({"train": {"device": device}}),
             method=METHOD,
             seeds=self.seeds,
             folder=folder.parent / f"replay-{VERSIONS['replay']}",

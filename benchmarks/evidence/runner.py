@@ -17,12 +17,18 @@ from limaml.evaluate.compare import start_worker
 __all__ = ["run_plan"]
 
 
-def _work(unit: Runnable, folder: Path) -> dict[str, Any]:
-    return unit.run(folder)
+def _work(unit: Runnable, folder: Path, device: str) -> dict[str, Any]:
+    return unit.run(folder, device)
 
 
 def run_plan(
-    plan: Plan, cache: Cache, *, workers: int, hours: float | None = None, tell: Callable[[str], None] = print
+    plan: Plan,
+    cache: Cache,
+    *,
+    workers: int,
+    device: str = "cpu",
+    hours: float | None = None,
+    tell: Callable[[str], None] = print,
 ) -> dict[str, str]:
     """Run all open units of the plan. Returns those that failed by a fault of the program: name → what was said.
 
@@ -45,7 +51,7 @@ def run_plan(
                             break
                         if unit.key not in busy:
                             busy.add(unit.key)
-                            running[pool.submit(_work, unit, cache.folder)] = unit
+                            running[pool.submit(_work, unit, cache.folder, device)] = unit
                 if not running:
                     return failed
                 ready, _ = wait(running, return_when=FIRST_COMPLETED)

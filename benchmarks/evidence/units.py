@@ -32,9 +32,9 @@ from limaml.meta import logit_sd
 from limaml.store.packing import pack, unpack
 from limaml.tasks import TaskRows
 
-__all__ = ["READINGS", "Cache", "Runnable", "Unit", "trial_unit", "unit_of"]
+__all__ = ["READINGS", "Cache", "Runnable", "Unit", "trained_on", "trial_unit", "unit_of"]
 
-VERSIONS: dict[str, int] = {"replay": 1, "implicit": 1}
+VERSIONS: dict[str, int] = {"trial": 2, "test": 2, "replay": 2, "implicit": 2}
 """Method or part → a number to raise when its code or its defaults change what it predicts; 1 unless named here. Together
 with limaml's own version it is a part of each unit's digest, and makes the results of before be measured again."""
 
@@ -51,7 +51,7 @@ class Runnable(Protocol):
     @property
     def name(self) -> str: ...
 
-    def run(self, folder: Path) -> dict[str, Any]:
+    def run(self, folder: Path, device: str = "cpu") -> dict[str, Any]:
         """Do the work in a worker process, write the result to the cache `folder`, and return it."""
         ...
 
@@ -104,15 +104,16 @@ class Unit:
         what = "finding epochs" if self.epochs is None else f"{self.epochs} epochs"
         return f"{self.dataset} · {self.protocol} · {self.method} · seed {self.seed} · {what} · {self.settings}"
 
-    def run(self, folder: Path) -> dict[str, Any]:
+    def run(self, folder: Path, device: str = "cpu") -> dict[str, Any]:
         """Train, write what came of it, and return it. What limaml refuses to train is a result, too: its `error`."""
+        config = trained_on(device, self.config)
         job = Job(self.protocol, self.method, self.seed, self.epochs)
         arrays: dict[str, Any] = {}
         found: dict[str, Any] = {}
         try:
-            job_problem(job, self.table, self.schema, self.config)  # read before the clock starts
+            job_problem(job, self.table, self.schema, config)  # read before the clock starts
             started, wall = time.process_time(), time.perf_counter()
-            fitted, problem, encoder = train_job(job, self.table, self.schema, self.config)
+            fitted, problem, encoder = train_job(job, self.table, self.schema, config)
             found = {"cpu_seconds": time.process_time() - started, "seconds": time.perf_counter() - wall}
             found["train_loss"] = [epoch.train_loss for epoch in fitted.history.epochs]
             if self.epochs is None:
@@ -170,6 +171,13 @@ def unit_of(
 
 def trial_unit(table: Table, protocol: str, method: str, settings: Mapping[str, Any]) -> Unit:
     return unit_of(table, protocol, method, 0, settings, None)
+
+
+def trained_on(device: str, config: str) -> str:
+    """A config, as JSON, that trains on `device`. Results differ by rounding alone: no digest depends on it."""
+    given = json.loads(config)
+    given["train"] = {**given.get("train", {}), "device": device}
+    return json.dumps(given)
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ from limaml.meta.support import Support
 from limaml.tasks import TaskRows, split_by_task_order
 from limaml.types import FeatureKind, FeatureSpec, embedding_name
 
+HERE = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no CUDA device on this machine.")
+
 CASES = {
     "one type": Case(),
     "two types, missing labels": Case(
@@ -32,13 +35,15 @@ CASES = {
 }
 
 
-def answers(case: Case, engine: str, elsewhere: bool) -> dict[str, Tensor]:
+def answers(case: Case, engine: str, device: torch.device = HERE) -> dict[str, Tensor]:
     """Everything that a model is asked for: embeddings, their meta-gradient, generated embeddings, logits."""
     model, data = model_of(case, engine), random_data(case)
     data = replace(data, offset=torch.linspace(-1, 1, len(data)))
-    if elsewhere:
+    if device == ELSEWHERE:
         moved(model)
-        assert model.device == ELSEWHERE
+    else:
+        model.to(device)
+    assert model.device.type == device.type
     tasks = torch.arange(data.count("user"))
     first = TaskRows.of(data.index["user"], len(tasks), torch.arange(len(data)) % 2 == 0)
     z = model.adapt(data, "user", tasks, first.of_tasks(tasks))
@@ -53,21 +58,50 @@ def answers(case: Case, engine: str, elsewhere: bool) -> dict[str, Tensor]:
     return found
 
 
+def _chosen(name: str, engine: str) -> tuple[Case, str]:
+    if engine == "newton":
+        return replace(CASES[name], adaptation={"solver": "newton"}), "auto"
+    return CASES[name], "auto" if name.startswith("attention") and engine == "vmap" else engine
+
+
 @pytest.mark.parametrize("engine", ["lowrank", "vmap", "loop", "newton"])
 @pytest.mark.parametrize("name", CASES)
 def test_adaptation_stays_on_the_device(name: str, engine: str) -> None:
     case = CASES[name]
-    if engine == "newton":
-        case, engine = replace(case, adaptation={"solver": "newton"}), "auto"
-    elif name.startswith("attention") and engine == "vmap":
-        engine = "auto"
-    here = answers(case, engine, False)
+    case, engine = _chosen(name, engine)
+    here = answers(case, engine)
     with second_device():
-        there = answers(case, engine, True)
+        there = answers(case, engine, ELSEWHERE)
     assert here.keys() == there.keys()
     for what, values in there.items():
         assert isinstance(values, Elsewhere), what
         torch.testing.assert_close(values.here, here[what], rtol=1e-12, atol=1e-12)
+
+
+@needs_gpu
+@pytest.mark.parametrize("engine", ["lowrank", "vmap", "loop", "newton"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_gpu_says_what_the_cpu_says(name: str, engine: str) -> None:
+    here, there = (answers(*_chosen(name, engine), torch.device(place)) for place in ("cpu", "cuda"))
+    assert here.keys() == there.keys()
+    for what, values in there.items():
+        torch.testing.assert_close(
+            values.cpu(), here[what], rtol=1e-9, atol=1e-10, msg=lambda text, w=what: f"{w}: {text}"
+        )
+
+
+@needs_gpu
+@pytest.mark.parametrize("solver", ["gradient", "newton"])
+def test_training_on_a_gpu_ends_where_it_does_on_the_cpu(solver: str) -> None:
+    config = made_config(2)
+    results = []
+    for place in ("cpu", "cuda"):
+        learner = made_learner(config, solver, types=("user", "item"), dropout=0.0)
+        learner.module.to(place)
+        fit(learner, config)
+        results.append(learner.module.state_dict())
+    for name, value in results[1].items():
+        torch.testing.assert_close(value.cpu(), results[0][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["gradient", "newton"])
