@@ -121,7 +121,11 @@ def test_buckets_partition_the_tasks(tmp_path: Path) -> None:
         for user in part["user_id"].unique():
             assert seen.setdefault(user, number) == number == task_bucket(user, 6)
         assert part["time"].is_sorted()  # append order, source order inside
+        assert log.bucket(number).equals(part)
+        assert log.bucket(number, through=1).equals(part.head((part["time"] < 1000).sum()))
     assert total == 120
+    with pytest.raises(ConfigError, match="has buckets 0 to 5, and no 6"):
+        log.bucket(6)
 
 
 def test_the_bucket_of_a_task_never_changes() -> None:

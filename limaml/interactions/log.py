@@ -271,13 +271,15 @@ class InteractionLog:
         in the column `APPEND`.
         """
         end = self.position if through is None else through
-        for bucket in range(self.bucket_count):
+        for number in range(self.bucket_count):
+            yield number, self.bucket(number, through=end, numbered=numbered)
 
-            def read(manifest: Manifest, bucket: int = bucket) -> pl.DataFrame:
-                return self._frame(manifest, buckets={bucket}, through=end)
-
-            frame = self._steadily(read)
-            yield bucket, frame if numbered else frame.drop(APPEND, strict=False)
+    def bucket(self, number: int, *, through: int | None = None, numbered: bool = False) -> pl.DataFrame:
+        """The rows of one bucket, as `buckets` gives them."""
+        if not 0 <= number < self.bucket_count:
+            raise ConfigError(f"The log in {self.folder} has buckets 0 to {self.bucket_count - 1}, and no {number}.")
+        frame = self._steadily(lambda manifest: self._frame(manifest, buckets={number}, through=through))
+        return frame if numbered else frame.drop(APPEND, strict=False)
 
     def bucket_of(self, frame: pl.DataFrame) -> NDArray[np.uint32]:
         """The bucket `[rows]` of each row of `frame`."""
