@@ -5,7 +5,7 @@
     Scaling      numbers and dense vectors: standardised by the training rows' mean and deviation, clipped to ±6
 
 A codec turns *distinct* values into tensors; whoever holds a long column factorises it first and gathers. Each codec is
-data: it goes to JSON and comes back exactly. A new kind of feature is a new codec here and a line in `fit_codec`.
+data: it goes to JSON and comes back exactly. A new kind of feature is a new codec here and a line in `fit_of` (fitting.py).
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ __all__ = [
     "Hashing",
     "Scaling",
     "Vocabulary",
+    "as_kind",
     "codec_from_json",
     "encode_values",
-    "fit_codec",
+    "entries_of",
+    "kind_of",
+    "numbers_of",
+    "refuse_unless_scalar",
     "spec_of",
     "split_lists",
 ]
@@ -69,7 +73,7 @@ class Vocabulary:
 
     def ids(self, values: pl.Series) -> Codes:
         """Id `[n]` of each scalar; null and NaN are 0."""
-        own = _as_kind(values, self.kind)
+        own = as_kind(values, self.kind)
         known = self._ids
         found = [UNSEEN if value is None else known.get(value, UNSEEN) for value in own.to_list()]
         ids = np.array(found, dtype=np.int64)
@@ -167,39 +171,13 @@ def codec_from_json(data: Mapping[str, object]) -> Codec:
     raise DataError(f"This is not the JSON of a fitted feature: {show(dict(data))}. It must come from Encoder.to_json.")
 
 
-def fit_codec(feature: Feature, distinct: pl.Series, counts: Codes) -> Codec:
-    """Fit `feature` on its `distinct` values `[d]`, value `i` standing `counts[i]` times in training.
-
-    A token or an entry of a sequence is counted once for each value that contains it.
-    """
-    if feature.kind in (FeatureKind.NUMERIC, FeatureKind.VECTOR):
-        return _fit_scaling(feature, distinct, counts)
-    if feature.buckets is not None:
-        return Hashing(feature.name, feature.buckets)
-    if feature.kind is not FeatureKind.CATEGORICAL:
-        rows, distinct = _explode(feature, distinct)
-        table = pl.DataFrame({"row": rows, "value": distinct}).unique(maintain_order=True)
-        distinct, counts = table["value"], counts[table["row"].to_numpy()]
-    _refuse_unless_scalar(feature, distinct.dtype)
-    kind = _kind_of(distinct)
-    table = (
-        pl.DataFrame({"value": _as_kind(distinct, kind), "count": counts})
-        .drop_nulls("value")
-        .group_by("value")
-        .agg(pl.col("count").sum())
-        .filter(pl.col("count") >= feature.min_count)
-        .sort("value")
-    )
-    return Vocabulary(kind, tuple(table["value"].to_list()))
-
-
 def encode_values(feature: Feature, codec: Codec, values: pl.Series) -> Tensor:
     """Tensor `[n, …]` of a column of `feature`, as `FeatureSpec` describes it; meant for distinct values."""
     if isinstance(codec, Scaling):
         width = len(codec.mean)
-        return torch.from_numpy(codec.scale(_numbers(feature, values, width)))
+        return torch.from_numpy(codec.scale(numbers_of(feature, values, width)))
     if feature.kind is FeatureKind.CATEGORICAL:
-        _refuse_unless_scalar(feature, values.dtype)
+        refuse_unless_scalar(feature, values.dtype)
         return torch.from_numpy(codec.ids(values))
     return torch.from_numpy(_encode_lists(feature, codec, values))
 
@@ -225,7 +203,7 @@ def split_lists(feature: Feature, values: pl.Series) -> pl.Series:
     return parts.list.eval(pl.element().filter(pl.element() != ""))
 
 
-def _explode(feature: Feature, values: pl.Series) -> tuple[Codes, pl.Series]:
+def entries_of(feature: Feature, values: pl.Series) -> tuple[Codes, pl.Series]:
     """Entries of all lists, one after the other, and the list each comes from; nulls inside lists are left out."""
     table = (
         split_lists(feature, values).to_frame("value").with_row_index("row").explode("value").drop_nulls("value")
@@ -235,7 +213,7 @@ def _explode(feature: Feature, values: pl.Series) -> tuple[Codes, pl.Series]:
 
 def _encode_lists(feature: Feature, codec: Vocabulary | Hashing, values: pl.Series) -> Codes:
     """Ids `[n, length]`: the first `length` distinct ids of a set, the last `length` entries of a sequence."""
-    rows, entries = _explode(feature, values)
+    rows, entries = entries_of(feature, values)
     codes, first = factorise(entries)
     ids = codec.ids(entries.gather(first))[codes]
     table = pl.DataFrame({"row": rows, "id": ids})
@@ -250,42 +228,7 @@ def _encode_lists(feature: Feature, codec: Vocabulary | Hashing, values: pl.Seri
     return encoded
 
 
-def _fit_scaling(feature: Feature, distinct: pl.Series, counts: Codes) -> Scaling:
-    width = 1 if feature.kind is FeatureKind.NUMERIC else _width(feature, distinct)
-    values = _numbers(feature, distinct, width)
-    if np.isinf(values).any():
-        raise DataError(
-            f"Feature '{feature.name}' reads column '{feature.column}', which holds infinite numbers; replace them by "
-            "null or by a number before training."
-        )
-    present = ~np.isnan(values)
-    weight = present * counts[:, None]  # [d, width]
-    total = np.maximum(weight.sum(axis=0), 1)
-    filled = np.where(present, values, 0.0)
-    mean = (filled * weight).sum(axis=0) / total
-    deviation = np.sqrt((np.where(present, values - mean, 0.0) ** 2 * weight).sum(axis=0) / total)
-    # what is constant up to rounding is constant
-    deviation = np.where(deviation > 1e-12 * np.maximum(np.abs(mean), 1.0), deviation, 1.0)
-    indicator = feature.kind is FeatureKind.NUMERIC and bool((~present).any())
-    return Scaling(tuple(mean.tolist()), tuple(deviation.tolist()), indicator)
-
-
-def _width(feature: Feature, values: pl.Series) -> int:
-    lengths = split_lists(feature, values).list.len().drop_nulls()
-    widths = lengths.unique().sort().to_list()
-    if len(widths) > 1:
-        raise DataError(
-            f"Feature '{feature.name}' reads column '{feature.column}' as a dense vector, but its lists are of lengths "
-            f"{widths[:5]}; they must all be of one length. Use kind 'tokens' or 'sequence' for lists of any length."
-        )
-    if widths == [0]:
-        raise DataError(
-            f"Feature '{feature.name}' reads column '{feature.column}' as a dense vector, and all are empty."
-        )
-    return int(widths[0]) if widths else 1
-
-
-def _numbers(feature: Feature, values: pl.Series, width: int) -> NDArray[np.float64]:
+def numbers_of(feature: Feature, values: pl.Series, width: int) -> NDArray[np.float64]:
     """A numeric or vector column as `[n, width]` float64, NaN where there is no value."""
     if feature.kind is FeatureKind.NUMERIC:
         if not is_number(values.dtype) and values.dtype != pl.Null:
@@ -316,7 +259,7 @@ def _numbers(feature: Feature, values: pl.Series, width: int) -> NDArray[np.floa
     return full
 
 
-def _kind_of(values: pl.Series) -> ValueKind:
+def kind_of(values: pl.Series) -> ValueKind:
     """Integers, and floats that are all whole, make a vocabulary of integers; other numbers one of floats."""
     dtype = values.dtype
     if dtype.is_integer():
@@ -328,7 +271,7 @@ def _kind_of(values: pl.Series) -> ValueKind:
     return "text"
 
 
-def _as_kind(values: pl.Series, kind: ValueKind) -> pl.Series:
+def as_kind(values: pl.Series, kind: ValueKind) -> pl.Series:
     """Scalars as values of a vocabulary of `kind`; null where they can be none."""
     values = without_nan(values)
     if kind == "text":
@@ -347,7 +290,7 @@ def _as_kind(values: pl.Series, kind: ValueKind) -> pl.Series:
     return pl.select(pl.when(canonical_text(number) == text).then(number)).to_series()
 
 
-def _refuse_unless_scalar(feature: Feature, dtype: pl.DataType) -> None:
+def refuse_unless_scalar(feature: Feature, dtype: pl.DataType) -> None:
     if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
         raise DataError(
             f"Feature '{feature.name}' reads column '{feature.column}' as {feature.kind} and finds type {dtype}; an id "

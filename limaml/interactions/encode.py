@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from limaml.errors import DataError
-from limaml.interactions.codecs import Codec, codec_from_json, encode_values, fit_codec, spec_of
+from limaml.interactions.codecs import Codec, codec_from_json, encode_values, spec_of
 from limaml.interactions.columns import Codes, factorise, missing_column, without_nan
+from limaml.interactions.fitting import FeatureFit, fit_of
 from limaml.interactions.index import index_interactions, sort_order
 from limaml.interactions.keys import task_keys
 from limaml.interactions.schema import Feature, Schema, Task
 from limaml.types import ROW, Features, FeatureSpec, Interactions
 
-__all__ = ["Encoder", "index_interactions"]
+__all__ = ["Encoder", "EncoderFit", "index_interactions"]
 
 FORMAT = 1
 
@@ -45,30 +46,9 @@ class Encoder:
         the table; None means every row. Rows outside it leave no trace in the result. A task-side feature is read from
         the task's latest training row that has a value.
         """
-        _need_columns(frame, schema.features)
-        order, _, _ = sort_order(frame, schema)
-        if train is not None:
-            if train.dtype != torch.bool or train.shape != (frame.height,):
-                raise DataError(
-                    f"The mask of training rows is {train.dtype} of shape {tuple(train.shape)}; it must be Boolean of "
-                    f"shape ({frame.height},), in the order of the indexed interactions."
-                )
-            order = order[train.cpu().numpy()]
-        codecs: dict[str, Codec] = {}
-        for feature in _on(schema, ROW):
-            values = frame[feature.column][order]
-            codes, first = factorise(values)
-            codecs[feature.name] = fit_codec(feature, values.gather(first), np.bincount(codes, minlength=len(first)))
-        for task in schema.tasks:
-            features = _on(schema, task.name)
-            if not features:
-                continue
-            _, table = _task_table(frame, task, features, order)
-            for feature in features:
-                codes, first = factorise(table[feature.column])
-                counts = np.bincount(codes, minlength=len(first))
-                codecs[feature.name] = fit_codec(feature, table[feature.column].gather(first), counts)
-        return Encoder(schema, {feature.name: codecs[feature.name] for feature in schema.features})
+        fit = EncoderFit(schema)
+        fit.add(frame, train)
+        return fit.encoder()
 
     @property
     def specs(self) -> tuple[FeatureSpec, ...]:
@@ -91,7 +71,7 @@ class Encoder:
         for task in self.schema.tasks:
             features = _on(self.schema, task.name)
             if features:
-                _, table = _task_table(frame, task, features, order)
+                _, table, _ = _task_table(frame, task, features, order)
                 sides[task.name] = self.encode_features(table, task.name)
             else:
                 sides[task.name] = {}
@@ -177,22 +157,92 @@ def _distinct_rows(values: Tensor) -> tuple[Codes, Codes]:
     return factorise(pl.DataFrame({str(i): column.numpy() for i, column in enumerate(flat.unbind(1))}))
 
 
+class EncoderFit:
+    """Fits an encoder on rows that come in parts, one part in memory at a time: the encoder that all rows give at once.
+
+    Rows of one task of the first type must come in one part, as the buckets of an interaction log have them. Features of
+    further task types are held for each of their tasks until the end, as a task's rows may stand in all parts.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self._fits: dict[str, FeatureFit] = {feature.name: fit_of(feature) for feature in schema.features}
+        self._latest: dict[str, dict[str, pl.DataFrame]] = {task.name: {} for task in schema.tasks}
+
+    def add(self, frame: pl.DataFrame, train: Tensor | None = None) -> None:
+        """Take in the rows of a part; `train` as in `Encoder.fit`."""
+        schema = self.schema
+        _need_columns(frame, schema.features)
+        order, times, unit = sort_order(frame, schema)
+        time = np.empty(len(order), np.int64)
+        time[order] = times
+        if train is not None:
+            if train.dtype != torch.bool or train.shape != (frame.height,):
+                raise DataError(
+                    f"The mask of training rows is {train.dtype} of shape {tuple(train.shape)}; it must be Boolean of "
+                    f"shape ({frame.height},), in the order of the indexed interactions."
+                )
+            order = order[train.cpu().numpy()]
+        for feature in _on(schema, ROW):
+            self._count(feature, frame[feature.column][order])
+        for task in schema.tasks:
+            features = _on(schema, task.name)
+            if not features:
+                continue
+            keys, table, source = _task_table(frame, task, features, order)
+            if task == schema.tasks[0]:
+                for feature in features:
+                    self._count(feature, table[feature.column])
+                continue
+            for column, row in source.items():
+                when = pl.Series(time[row]).set(pl.Series(row < 0), None)
+                part = pl.DataFrame({"key": keys, "value": table[column], "time": when})
+                self._latest[task.name][column] = self._later(task, self._latest[task.name].get(column), part, unit)
+
+    def _later(self, task: Task, held: pl.DataFrame | None, part: pl.DataFrame, unit: str) -> pl.DataFrame:
+        """Of each key the newer value; the part's, where both are as new."""
+        if held is None:
+            return part
+        if unit == "order":
+            raise DataError(
+                "The times give an order within one part of the rows only, so that the latest features of "
+                f"'{task.name}', whose rows stand in several parts, cannot be told. Use numbers or dates as the time."
+            )
+        both = pl.concat([held, part], how="vertical_relaxed").sort(
+            "time", maintain_order=True
+        )  # those of no time first
+        return both.group_by("key", maintain_order=True).last()
+
+    def _count(self, feature: Feature, values: pl.Series) -> None:
+        codes, first = factorise(values)
+        self._fits[feature.name].add(values.gather(first), np.bincount(codes, minlength=len(first)))
+
+    def encoder(self) -> Encoder:
+        """The encoder of all parts. To be called once, behind the last one."""
+        for task in self.schema.tasks[1:]:
+            for feature in _on(self.schema, task.name):
+                self._count(feature, self._latest[task.name][feature.column]["value"])
+        return Encoder(self.schema, {name: fit.codec() for name, fit in self._fits.items()})
+
+
 def _task_table(
     frame: pl.DataFrame, task: Task, features: list[Feature], order: Codes
-) -> tuple[list[str], pl.DataFrame]:
-    """Keys of the tasks in the rows `order`, and for each the last value of each feature's column in that order."""
+) -> tuple[list[str], pl.DataFrame, dict[str, Codes]]:
+    """Keys of the tasks in the rows `order`; for each the last value of each feature's column in that order; and, by
+    column, the row of the frame that this value stands in, −1 where there is none."""
     columns = list(dict.fromkeys(feature.column for feature in features))
     keys, codes = task_keys(frame.select(task.columns)[order], task)
     result: dict[str, pl.Series] = {}
+    source: dict[str, Codes] = {}
     for column in columns:
         values = frame[column]
         present = without_nan(values).is_not_null().to_numpy()[order]
-        last = np.full(len(keys), -1, np.int64)
+        last = source[column] = np.full(len(keys), -1, np.int64)
         last[codes[present]] = order[present]  # the later of two assignments to one place stays
         result[column] = values.gather(pl.Series(np.where(last < 0, 0, last)))
         nothing = pl.Series(last < 0)
         result[column] = pl.select(pl.when(~nothing).then(result[column])).to_series()
-    return keys, pl.DataFrame(result)
+    return keys, pl.DataFrame(result), source
 
 
 def _on(schema: Schema, side: str) -> list[Feature]:
