@@ -10,7 +10,19 @@ import pytest
 import limaml
 
 PACKAGE = Path(limaml.__file__).parent
-ORDER = ["types", "errors", "durable", "config", "artifact", "interactions", "tasks", "meta", "embeddings", "store"]
+ORDER = [
+    "types",
+    "errors",
+    "hashing",
+    "durable",
+    "config",
+    "artifact",
+    "interactions",
+    "tasks",
+    "meta",
+    "embeddings",
+    "store",
+]
 ORDER += ["stream", "serving", "evaluate", "cli"]
 # The store knows nothing of models; publishing, which knows both, lies with the embeddings.
 ALLOWED = {("embeddings", "store"), ("interactions", "tasks")}

@@ -25,9 +25,8 @@ def append(source: str, target: str, buckets: int) -> dict[str, Any]:
     from limaml.interactions.log import InteractionLog
 
     log = InteractionLog(target, "user_id", buckets)
-    begun, used, rows = time.perf_counter(), usage(), 0
-    for file in sorted(Path(source).glob("*.parquet")):
-        rows += log.append(file).new
+    begun, used = time.perf_counter(), usage()
+    rows = sum(done.new for done in log.append_all([source]).values())
     return {"seconds": time.perf_counter() - begun, "cpu_s": usage() - used, "rows": rows}
 
 

@@ -13,7 +13,17 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-__all__ = ["canonical_text", "factorise", "is_list", "is_number", "missing_column", "nearest", "show", "without_nan"]
+__all__ = [
+    "canonical_text",
+    "factorise",
+    "is_list",
+    "is_number",
+    "joined_text",
+    "missing_column",
+    "nearest",
+    "show",
+    "without_nan",
+]
 
 Codes = NDArray[np.int64]
 
@@ -80,6 +90,11 @@ def canonical_text(values: pl.Series) -> pl.Series:
             dtype=pl.String,
         )
     return values.cast(pl.String)
+
+
+def joined_text(texts: pl.Series) -> str:
+    """All texts one behind the other, without any nulls."""
+    return str(texts.str.join("").item()) if len(texts) else ""
 
 
 def without_nan(values: pl.Series) -> pl.Series:

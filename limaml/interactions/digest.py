@@ -14,6 +14,7 @@ import polars as pl
 from polars._typing import PolarsDataType
 
 from limaml.errors import DataError
+from limaml.interactions.columns import joined_text
 
 __all__ = ["ContentDigest", "content_digest"]
 
@@ -66,7 +67,9 @@ class _ColumnDigest:
     def update(self, series: pl.Series) -> None:
         if series.dtype != self._kind:
             raise DataError(f"Column '{series.name}' is {series.dtype} in one batch and {self._kind} in another.")
-        self._present.update(_bytes(series.is_not_null().cast(pl.UInt8), "<u1"))
+        self._present.update(
+            _bytes(series.is_not_null().cast(pl.UInt8), "<u1") if series.null_count() else b"\1" * len(series)
+        )
         kind = self._kind
         if isinstance(kind, pl.Categorical | pl.Enum):
             series = series.cast(pl.String)
@@ -83,14 +86,16 @@ class _ColumnDigest:
         elif filled.dtype == pl.String or filled.dtype == pl.Binary:
             lengths = filled.str.len_bytes() if filled.dtype == pl.String else filled.bin.size()
             self._lengths.update(_bytes(lengths, "<u8"))
-            values = filled.to_list()
-            self._values.update("".join(values).encode() if filled.dtype == pl.String else b"".join(values))
+            self._values.update(
+                joined_text(filled).encode() if filled.dtype == pl.String else b"".join(filled.to_list())
+            )
         elif kind == pl.Boolean:
             self._values.update(_bytes(filled.cast(pl.UInt8), "<u1"))
         elif kind.is_float():
             # -0.0 + 0.0 is 0.0, and every NaN becomes the one NaN
             numbers = filled.cast(pl.Float64).to_numpy() + 0.0
-            self._values.update(np.where(np.isnan(numbers), np.nan, numbers).astype("<f8").tobytes())
+            numbers[np.isnan(numbers)] = np.nan
+            self._values.update(numbers.astype("<f8", copy=False).data)
         elif (kind.is_integer() and kind != pl.Int128) or kind.is_temporal():
             physical = filled.to_physical()
             self._values.update(_bytes(physical, f"<{'u' if physical.dtype.is_unsigned_integer() else 'i'}8"))
@@ -102,8 +107,8 @@ class _ColumnDigest:
         return " ".join([*parts, *(f"({inner.digest()})" for inner in self._inner)])
 
 
-def _bytes(series: pl.Series, kind: str) -> bytes:
-    return series.to_numpy().astype(kind).tobytes()
+def _bytes(series: pl.Series, kind: str) -> memoryview:
+    return np.ascontiguousarray(series.to_numpy(), dtype=kind).data
 
 
 def _instance(kind: PolarsDataType) -> pl.DataType:

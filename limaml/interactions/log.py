@@ -17,8 +17,8 @@ remembers the number that it has come to (`since`).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -29,31 +29,21 @@ from numpy.typing import NDArray
 
 from limaml.errors import ConfigError, DataError
 from limaml.interactions.atomic_files import file_sha256, locked
-from limaml.interactions.digest import ContentDigest
+from limaml.interactions.log_append import Appended, Appending, unforgotten
 from limaml.interactions.log_compact import folded, without
 from limaml.interactions.log_files import APPEND, LogFiles, bucket_of_key, task_bucket
 from limaml.interactions.log_ids import wanted_ids
-from limaml.interactions.log_manifest import Append, File, Manifest, read_manifest, same_append, write_manifest
-from limaml.interactions.log_sources import batches, plain, refuse
+from limaml.interactions.log_manifest import File, Manifest, read_manifest, write_manifest
+from limaml.interactions.log_sources import batches, found_sources, local_file, refuse_unreadable
 from limaml.interactions.tombstones import Tombstone, named, read_tombstones, write_tombstones
 
 __all__ = ["APPEND", "Appended", "Compacted", "InteractionLog", "task_bucket"]
 
-BATCH_ROWS = 1_000_000  # rows of a file that are in memory at once while it is appended
+BATCH_ROWS = 1_000_000  # rows of a file that are read at a time
+BUFFER_BYTES = 2**29  # of rows that wait in memory to be written; the peak is about twice that
 WAIT_S = 60.0
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Appended:
-    """What an append did: `new + already + forgotten == rows`."""
-
-    rows: int  # rows in the source
-    new: int  # rows that are in the log now and were not before
-    already: int  # rows that an earlier append of the same source had put there
-    digest: str  # of the source's content, sha256; empty for what came with positions alone
-    forgotten: int = 0  # rows of forgotten tasks, which were dropped
 
 
 @dataclass(frozen=True)
@@ -160,6 +150,7 @@ class InteractionLog:
         positions: Mapping[str, int] | None = None,
         wait_s: float = WAIT_S,
         batch_rows: int = BATCH_ROWS,
+        buffer_bytes: int = BUFFER_BYTES,
     ) -> Appended:
         """Add the rows of a frame, or of a Parquet or CSV file, exactly once.
 
@@ -173,79 +164,64 @@ class InteractionLog:
         It is written as one small file, whatever buckets it touches, until `compact` folds it in.
 
         Rows of forgotten tasks are dropped and counted. Waits up to `wait_s` seconds while another process appends. A
-        file is read `batch_rows` rows at a time.
+        file, which may be at a URL as in `append_all`, is read `batch_rows` rows at a time, and about `buffer_bytes` of them
+        are in memory.
 
         Raises `DataError` if a task column is missing, has nulls or is of a type that cannot be an id, or if the
         columns are not those of the log; `StoreError` if the log stays locked. Nothing is then changed.
         """
-        if batch_rows < 1:
-            raise ConfigError(f"`batch_rows` is {batch_rows}; set it to 1 or more.")
         with self._writing(wait_s, tidy=positions is None) as manifest:
-            return self._append(manifest, source, key, positions, batch_rows)
+            appending = Appending(self._files, manifest, buffer_bytes)
+            what = "the frame" if isinstance(source, pl.DataFrame) else str(source)
+            with nullcontext(source) if isinstance(source, pl.DataFrame) else self._local(what) as here:
+                done = appending.take(batches(here, _positive(batch_rows), appending.known, what), what, key, positions)
+            appending.flush()
+            return done
 
-    def _append(
+    def append_all(
         self,
-        manifest: Manifest,
-        source: pl.DataFrame | str | Path,
-        key: str | None,
-        positions: Mapping[str, int] | None,
-        batch_rows: int,
-    ) -> Appended:
-        whole, known = isinstance(source, pl.DataFrame), self._files.schema(manifest.files)
-        what = "the frame" if whole else str(source)
-        taken = positions is not None and self._taken(manifest, positions)
-        digest, files, rows, dropped = ContentDigest(), list[File](), 0, 0
-        number, types = manifest.last + 1, dict(manifest.types)
-        for raw in batches(source, batch_rows, known):
-            frame = plain(raw, known)
-            refuse(frame, known, self.task_columns, what=what, folder=self.folder, first_row=rows)
-            rows += frame.height
-            if positions is None or key is not None:
-                digest.update(frame)
-                if whole and same_append(manifest, digest.hexdigest(), rows, key):
-                    break  # a file's digest is known only at its end, when most of it has been written
-            if taken or not frame.height:
-                continue
-            kept = self.unforgotten(frame)
-            dropped += frame.height - kept.height
-            if positions is not None:
-                files.append(self._files.write(kept, None, number, number))
-            else:
-                files += self._files.write_buckets(kept, number)
-            types = types or {column: str(kind) for column, kind in frame.schema.items()}
-        identity = digest.hexdigest() if positions is None or key is not None else ""
-        known_source = bool(identity) and same_append(manifest, identity, rows, key)
-        if taken or known_source or (rows == 0 and positions is None):
-            self._files.remove_unnamed(manifest)
-            return Appended(rows, 0, rows, identity)
-        if files:
-            self._files.sync_folders(files)
-        appends = manifest.appends
-        if identity:
-            appends = (*appends, Append(identity, rows, key, number))
-        write_manifest(
-            self._manifest_path,
-            replace(
-                manifest,
-                last=number if rows else manifest.last,
-                appends=appends,
-                files=(*manifest.files, *files),
-                types=types,
-                positions={**manifest.positions, **(positions or {})},
-            ),
-        )
-        return Appended(rows, rows - dropped, 0, identity, dropped)
+        sources: Iterable[str | Path],
+        *,
+        wait_s: float = WAIT_S,
+        batch_rows: int = BATCH_ROWS,
+        buffer_bytes: int = BUFFER_BYTES,
+        progress: Callable[[str, Appended, int, int], None] | None = None,
+    ) -> dict[str, Appended]:
+        """Append many files, each exactly once by its content: what each of them did.
 
-    def _taken(self, manifest: Manifest, positions: Mapping[str, int]) -> bool:
-        """Whether all `positions` were taken in before; refuses those that run behind for a part of them."""
-        behind = {name: at for name, at in positions.items() if at <= manifest.positions.get(name, at - 1)}
-        if behind and len(behind) < len(positions):
-            name, at = next(iter(behind.items()))
-            raise DataError(
-                f"The batch ends at position {at} of '{name}', but the log in {self.folder} has taken that in up to "
-                f"{manifest.positions[name]}, while other partitions go on. Leave out what is at or below `positions()`."
-            )
-        return bool(behind)
+        A source is a Parquet or CSV file, a folder of such files, a glob, or a URL of one of these that fsspec reads
+        (`s3://bucket/clicks/`; extra `remote`). About `buffer_bytes` of rows are in memory, whatever the files' sizes and
+        number; small files share the files of the log. Killed, it has taken in some of the sources, each whole or not at all:
+        the same call goes on. Called back is `progress(source, appended, done, total)`, when a source was read.
+
+        Raises as `append` does. Files here that are missing or cut off are all named before any is taken; of another fault
+        the sources before it are taken in, and the message says how many these are.
+        """
+        names = found_sources(sources)
+        refuse_unreadable(names)
+        done: dict[str, Appended] = {}
+        with self._writing(wait_s, tidy=True) as manifest:
+            appending = Appending(self._files, manifest, buffer_bytes)
+            for name in names:
+                try:
+                    with self._local(name) as here:
+                        frames = batches(here, _positive(batch_rows), appending.known, name)
+                        done[name] = appending.take(frames, name, None, None)
+                except DataError as error:
+                    appending.flush()
+                    if not done:
+                        raise
+                    raise DataError(
+                        f"{error}\nThe {len(done)} of {len(names)} sources before it were taken in. Put this one right and "
+                        "give all of them again: what is in the log adds nothing."
+                    ) from error
+                if progress is not None:
+                    progress(name, done[name], len(done), len(names))
+            appending.flush()
+        return done
+
+    def _local(self, source: str) -> AbstractContextManager[Path]:
+        return local_file(source, self.folder / "data" / "incoming")
 
     def read(self, task_ids: Sequence[object] | None = None, *, through: int | None = None) -> pl.DataFrame:
         """The rows of these tasks (`None`: all), bucket by bucket, in the order in which they were appended.
@@ -287,8 +263,7 @@ class InteractionLog:
 
     def unforgotten(self, frame: pl.DataFrame) -> pl.DataFrame:
         """The rows of `frame` that are not of a forgotten task."""
-        tombstones = read_tombstones(self._forgotten_path)
-        return frame.filter(~named(frame, tombstones)) if tombstones else frame
+        return unforgotten(frame, self._forgotten_path)
 
     def since(self, position: int) -> Iterator[tuple[int, pl.DataFrame]]:
         """Number and rows of each append after append `position`, oldest first; only files that hold them are read.
@@ -456,3 +431,9 @@ class InteractionLog:
     def _load(self) -> Manifest:
         manifest = read_manifest(self._manifest_path)
         return self._start if manifest is None else manifest
+
+
+def _positive(rows: int) -> int:
+    if rows < 1:
+        raise ConfigError(f"`batch_rows` is {rows}; set it to 1 or more.")
+    return rows

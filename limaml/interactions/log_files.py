@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from limaml.durable import sync
 from limaml.errors import DataError
 from limaml.interactions.atomic_files import file_sha256, written
-from limaml.interactions.columns import factorise
+from limaml.interactions.key_hash import key_hash, key_hashes
 from limaml.interactions.keys import join_key
 from limaml.interactions.log_manifest import File, Manifest
 from limaml.interactions.log_sources import explained
@@ -38,7 +39,7 @@ def task_bucket(key: Sequence[str | int] | str | int, buckets: int) -> int:
 
 def bucket_of_key(text: str, buckets: int) -> int:
     """The bucket of a task by its key, as the store knows it."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % buckets
+    return key_hash(text) % buckets
 
 
 class LogFiles:
@@ -49,9 +50,7 @@ class LogFiles:
 
     def bucket_of(self, frame: pl.DataFrame) -> NDArray[np.uint32]:
         """The bucket `[rows]` of each row."""
-        codes, first = factorise(frame.select(self.task_columns))
-        found = [task_bucket(row, self.buckets) for row in frame.select(self.task_columns)[first].iter_rows()]
-        return np.array(found, dtype=np.uint32)[codes] if len(codes) else np.zeros(0, np.uint32)
+        return (key_hashes(frame, self.task_columns) % np.uint64(self.buckets)).astype(np.uint32)
 
     def write(self, frame: pl.DataFrame, bucket: int | None, first: int, last: int) -> File:
         """Write rows of the appends `first` … `last` durably. Their `APPEND` column is kept where these are several."""
@@ -61,23 +60,54 @@ class LogFiles:
         path = self.folder / "data" / name / f"{first:08d}-{secrets.token_hex(4)}.parquet"
         with written(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # nobody looks for statistics, and level 1 is as small as level 3 within 2 %
             frame.write_parquet(
-                path, compression="zstd" if bucket is not None else "lz4", statistics=bucket is not None
+                path,
+                compression="zstd" if bucket is not None else "lz4",
+                compression_level=1 if bucket is not None else None,
+                statistics=False,
             )
             sync(path)
         relative = path.relative_to(self.folder).as_posix()
         return File(relative, bucket, frame.height, path.stat().st_size, file_sha256(path), first, last)
 
-    def write_buckets(self, frame: pl.DataFrame, number: int) -> list[File]:
-        """Write the rows of one append, each into its bucket."""
-        placed = frame.with_columns(pl.Series(_BUCKET, self.bucket_of(frame)))
-        parts = placed.partition_by(_BUCKET, as_dict=True, include_key=False, maintain_order=True)
-        return [self.write(part, int(bucket), number, number) for (bucket,), part in parts.items()]
+    def write_buckets(self, parts: Sequence[tuple[int, pl.DataFrame]]) -> list[File]:
+        """Write the rows of some appends, given with their numbers in order, each into its bucket: one file a bucket.
+
+        Empties `parts`, if it is a list, as it goes through them: their rows are in memory once, not twice.
+        """
+        numbers = [number for number, _ in parts]
+        first, last = min(numbers), max(numbers)
+        sorted_parts = [self._by_bucket(number, frame, numbered=first != last) for number, frame in _taken(parts)]
+
+        def write(bucket: int) -> File | None:
+            slices = [rows[int(at[bucket]) : int(at[bucket + 1])] for rows, at in sorted_parts]
+            whole = pl.concat([rows for rows in slices if rows.height] or slices[:1])
+            return self.write(whole, bucket, first, last) if whole.height else None
+
+        # encoding, hashing and the disk all work beside each other
+        with _threads() as pool:
+            return [file for file in pool.map(write, range(self.buckets)) if file is not None]
+
+    def _by_bucket(self, number: int, frame: pl.DataFrame, *, numbered: bool) -> tuple[pl.DataFrame, NDArray[np.int64]]:
+        """The rows in the order of their buckets, and where each bucket begins, `[buckets + 1]`."""
+        buckets = self.bucket_of(frame)
+        if self.buckets <= 2**16:
+            buckets = buckets.astype(np.uint16)  # sorted by a counting sort
+        order = pl.Series(np.argsort(buckets, kind="stable").astype(np.uint32))
+        ordered = frame.select(pl.all().gather(order))
+        if numbered:
+            ordered = ordered.with_columns(pl.lit(number, pl.UInt32).alias(APPEND))
+        return ordered, np.append(0, np.cumsum(np.bincount(buckets, minlength=self.buckets)))
 
     def sync_folders(self, files: Iterable[File]) -> None:
         """Flush the names of new files to the disk."""
-        for folder in {(self.folder / file.path).parent for file in files}:
-            sync(folder)
+        folders = {(self.folder / file.path).parent for file in files}
+        if len(folders) == 1:
+            sync(folders.pop())
+        else:
+            with _threads() as pool:
+                list(pool.map(sync, folders))
         sync(self.folder / "data")
 
     def read(self, file: File) -> pl.DataFrame:
@@ -170,3 +200,14 @@ class LogFiles:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob("*.json.*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+
+
+def _taken(parts: Sequence[tuple[int, pl.DataFrame]]) -> Iterator[tuple[int, pl.DataFrame]]:
+    if isinstance(parts, list):
+        while parts:
+            yield parts.pop(0)
+    yield from parts

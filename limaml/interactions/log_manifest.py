@@ -12,7 +12,7 @@ from limaml.interactions.atomic_files import write_atomically
 
 __all__ = ["Append", "File", "Manifest", "read_manifest", "same_append", "write_manifest"]
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
 """Hashes of ids and checks of values, for many at once by numpy, for one by Python's integers: the same numbers.
 
-The hash of an id is 64 bits. With `K = 0x9E3779B97F4A7C15`, all arithmetic modulo 2⁶⁴ and `n` the id's bytes in UTF-8,
-
-    h = n·K;   for each 8 bytes w (little-endian, the last ones filled with zeros):   h = (h xor w)·K;  h = h xor (h >> 32)
-
-The check of a value is 32 bits: with its 8-byte words `w[j]`, the check's own 4 bytes left out as zeros,
+The hash of an id is 64 bits, that of its text in `limaml/hashing.py`. The check of a value is 32 bits: with
+`K = 0x9E3779B97F4A7C15`, all arithmetic modulo 2⁶⁴, and its 8-byte words `w[j]`, the check's own 4 bytes left out as zeros,
 
     s = seed + Σ_j r[j]·(w[j] xor (w[j] >> 32));   check = (s·K) >> 32
 
@@ -14,12 +11,13 @@ Another word, another key or a piece that was cut off gives another sum, so that
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from limaml.hashing import LOW_BYTES, hash_many, hash_one
 
 __all__ = ["LONGEST_ID", "Texts", "check_one", "check_rows", "hash_many", "hash_one", "hashes_of", "id_bytes"]
 
@@ -28,21 +26,12 @@ LONGEST_ID = 2**24 - 1
 
 _K, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 _FACTOR, _HALF = np.uint64(_K), np.uint64(32)
-_LOW = np.array([(1 << 8 * kept) - 1 for kept in range(9)], np.uint64)
 _AT_ONCE = 2**19  # bytes of values that stay in a core's cache
 
 
 def id_bytes(task_id: str) -> bytes:
     """The id in UTF-8, also where it holds half of a surrogate pair."""
     return task_id.encode("utf-8", "surrogatepass")
-
-
-def hash_one(raw: bytes) -> int:
-    h = len(raw) * _K & _MASK
-    for (word,) in struct.iter_unpack("<Q", raw + bytes(-len(raw) % 8)):
-        h = (h ^ word) * _K & _MASK
-        h ^= h >> 32
-    return h
 
 
 class Texts:
@@ -86,27 +75,6 @@ def hashes_of(raws: Sequence[bytes]) -> NDArray[np.uint64]:
     return Texts.of_bytes(raws).hashes()
 
 
-def hash_many(padded: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Hashes `[n]` of the pieces of `padded` that begin at `starts` and have `lengths`; 8 bytes more stand behind the last."""
-    words: NDArray[np.uint64] = np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))  # one at every byte
-    h = lengths.astype(np.uint64) * _FACTOR
-    shortest, longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
-    for done in range(0, longest, 8):
-        if shortest >= done + 8:  # all have a whole word more
-            h ^= words[starts + done]
-            h *= _FACTOR
-            h ^= h >> _HALF
-        elif shortest > done:
-            h ^= words[starts + done] & _LOW[np.minimum(lengths - done, 8)]
-            h *= _FACTOR
-            h ^= h >> _HALF
-        else:
-            rows = np.flatnonzero(lengths > done)
-            part = (h[rows] ^ (words[starts[rows] + done] & _LOW[np.minimum(lengths[rows] - done, 8)])) * _FACTOR
-            h[rows] = part ^ (part >> _HALF)
-    return h
-
-
 def check_rows(rows: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np.uint32]:
     """Checks `[n]` of values `[n, size]`, `size` a multiple of 8, whatever stands in their last 4 bytes. `seeds [n]`."""
     n, size = rows.shape
@@ -117,7 +85,7 @@ def check_rows(rows: NDArray[np.uint8], seeds: NDArray[np.uint64]) -> NDArray[np
         part = words[start : start + step]
         mixed = part >> _HALF
         mixed ^= part
-        mixed[:, -1] = part[:, -1] & _LOW[4]
+        mixed[:, -1] = part[:, -1] & LOW_BYTES[4]
         np.dot(mixed, factors, out=sums[start : start + step])
     sums += seeds
     sums *= _FACTOR
