@@ -8,7 +8,7 @@ it has encoded once it remembers, so that a request costs a dictionary access pe
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -197,16 +197,28 @@ class Lookup:
         shape = (len(found),) if self.feature.kind is FeatureKind.CATEGORICAL else (len(found), self.feature.length)
         return torch.from_numpy(np.array(found, dtype=np.int64).reshape(shape))
 
+    def scale_of_one(self) -> Callable[[NDArray[np.float64]], bool] | None:
+        """What scales the values `[n]` of a single number where they stand, and says whether all were known; None for
+        another feature."""
+        codec = self.codec
+        single = isinstance(codec, Scaling) and len(codec.mean) == 1 and not codec.indicator
+        return self._scale_here if single and self.feature.kind is FeatureKind.NUMERIC else None
+
+    def _scale_here(self, values: NDArray[np.float64]) -> bool:
+        """As `Scaling.scale` does, where no value is missing; whether that is so."""
+        values -= self._mean
+        values /= self._deviation
+        np.minimum(np.maximum(values, -CLIP, out=values), CLIP, out=values)
+        return not math.isnan(np.add.reduce(values, None))
+
     def _scale(self, codec: Scaling, column: Column) -> Tensor:
         array = column.array
         if array is None or column.dtype.is_nested() != (self.feature.kind is FeatureKind.VECTOR):
             return encode_values(self.feature, codec, column.series())
         numbers = (array[:, None] if array.ndim == 1 else array).astype(np.float64)
         if numbers.shape[1] == len(self._mean) and not codec.indicator:
-            scaled = np.subtract(numbers, self._mean)  # as `Scaling.scale` does, where no value is missing
-            scaled /= self._deviation
-            np.minimum(np.maximum(scaled, -CLIP, out=scaled), CLIP, out=scaled)
-            if not math.isnan(np.add.reduce(scaled, None)):
+            scaled = numbers.copy()
+            if self._scale_here(scaled):
                 return torch.from_numpy(scaled.astype(np.float32))
         if numbers.shape[1] != len(codec.mean):
             raise DataError(

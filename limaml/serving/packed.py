@@ -4,14 +4,14 @@
     its numbers  ──encode───► [n, width] ─┼─ sum ─► first layer │ factors v │ linear − ½ Σ|vᵢ|²
     a task       ──condition► [k, width] ─┘            MLP(first) + linear + ½|v|²  = logits
 
-At 100 rows torch's calls cost as much as their arithmetic, and numpy's less. So the slots of a row lie side by side: a kept row is gathered,
-and a task's share added, in one call each. The block's biases are in the task's share. A number `x` has the factors `x·m`,
+At 100 rows torch's calls cost as much as their arithmetic, and numpy's less: torch is left what it computes faster, SiLU and products with a
+layer. The slots of a row lie side by side, so that a kept row is gathered, and a task's share added, in one call each. The block's biases are in the task's share. A number `x` has the factors `x·m`,
 so the share of all numbers of a row is one product of `[x, x²]` with a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class PackedInteraction:
         self._first, self._tail = len(block.first_bias), len(block.first_bias) + block.heads * block.factors
         linears = [layer for layer in block.mlp if isinstance(layer, nn.Linear)]
         self._layers = [(layer.weight.T.contiguous(), layer.bias.clone()) for layer in linears]
+        self._dtype = block.bias.numpy().dtype
         self._numbers = self._numbers_of(block)
         self._products: dict[tuple[str, ...], Array] = {}
         sides = zip(block.embeddings, block.deep_of, block.factor_of, block.wide_of, strict=True)
@@ -83,38 +84,69 @@ class PackedInteraction:
         return (packed,)
 
     def _product(self, names: tuple[str, ...], features: Features) -> Tensor:
+        x = np.empty((len(features[names[0]]), len(names)), self._dtype)
+        for place, name in enumerate(names):
+            x[:, place] = features[name].numpy()[:, 0]
+        return torch.from_numpy(self.numbers(names, x))
+
+    def takes(self, names: Sequence[str]) -> bool:
+        """Whether these features are single numbers, as `numbers` needs them."""
+        return all(name in self._numbers for name in names)
+
+    def numbers(self, names: tuple[str, ...], x: Array) -> Array:
+        """The share `[n, width]` of encoded numbers `x` `[n, names]`."""
         product = self._products.get(names)
         if product is None:
             rows = [self._numbers[name] for name in names]
             product = self._products[names] = np.stack([row[power] for power in (0, 1) for row in rows])
-        s = len(names)
-        x = np.empty((len(features[names[0]]), 2 * s), product.dtype)
-        for place, name in enumerate(names):
-            x[:, place] = features[name].numpy()[:, 0]
-        np.square(x[:, :s], out=x[:, s:])
-        return torch.from_numpy(x @ product)
+        powers = np.empty((len(x), 2 * len(names)), product.dtype)
+        powers[:, : len(names)] = x
+        np.square(powers[:, : len(names)], out=powers[:, len(names) :])
+        share: Array = powers @ product
+        return share
 
     def condition(self, embeddings: Features) -> Parts:
         """The share of these meta embeddings, `[k, width]`: the first task type's has the biases."""
         packed: Tensor | None = None
-        for name, product in self._of.items():
+        for name in self._of:
             if name in embeddings:
-                own = embeddings[name].numpy() @ product
-                factors = own[:, self._first : self._tail].reshape(len(own), self._heads, -1)
-                own[:, self._tail :] -= np.einsum("khf,khf->kh", factors, factors) / 2
-                own += self._biases[name]
-                packed = torch.from_numpy(own) if packed is None else packed + torch.from_numpy(own)
+                own = torch.from_numpy(self.share(name, embeddings[name].numpy()))
+                packed = own if packed is None else packed + own
         return (packed,)
+
+    def share(self, name: str, z: Array) -> Array:
+        """The share `[k, width]` of one task type's meta embeddings `z` `[k, dim]`."""
+        own: Array = z @ self._of[name]
+        own[:, self._tail :] -= self._pairs(own)
+        own += self._biases[name]
+        return own
 
     def score(self, parts: Parts) -> Tensor:
         """Logits `[n, heads]`."""
         (packed,) = parts
         assert packed is not None
-        x = packed[:, : self._first]
+        return torch.from_numpy(self.logits(packed.numpy()))
+
+    def logits(self, packed: Array) -> Array:
+        """Logits `[n, heads]` of the whole sums `[n, width]`."""
+        x = torch.from_numpy(packed[:, : self._first])
         for place, (weight, bias) in enumerate(self._layers):
             x = torch.addmm(bias, functional.silu(x, inplace=place > 0), weight)
-        pairs = self._by_head(packed[:, self._first : self._tail].square())
-        return x.add_(pairs, alpha=0.5).add_(packed[:, self._tail :])
+        found: Array = x.numpy()
+        found += self._pairs(packed)
+        found += packed[:, self._tail :]
+        return found
+
+    def _pairs(self, packed: Array) -> Array:
+        """½|v|² `[n, heads]` of the factors in a share."""
+        factors = packed[:, self._first : self._tail]
+        if self._heads == 1:
+            found: Array = np.einsum("nf,nf->n", factors, factors)[:, None]
+        else:
+            factors = factors.reshape(len(packed), self._heads, -1)
+            found = np.einsum("nhf,nhf->nh", factors, factors)
+        found *= 0.5
+        return found
 
     def _by_head(self, squares: Tensor) -> Tensor:
         """Sums `[n, heads]` over each head's factors."""

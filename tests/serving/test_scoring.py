@@ -207,6 +207,30 @@ def test_a_full_cache_begins_anew_and_never_answers_wrongly(requests: list[list[
         assert last.tolist() == [float(value) for value in ids * 2]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_rows_are_found_whether_or_not_their_first_id_says_which_they_are(data: st.DataObject) -> None:
+    """Ids beyond the table of small values, negative ones, items that changed their category, and numbers beside texts."""
+
+    def encode(columns: Features) -> Parts:
+        return (
+            torch.tensor([[int(a), int(b)] for a, b in zip(columns["a"].values, columns["b"].values, strict=True)]),
+        )
+
+    cache = RowCache(["a", "b"], encode, limit=data.draw(st.sampled_from([4000, 2**30])))  # type: ignore[arg-type]
+    number = st.sampled_from([0, 1, 2, 4095, 4096, 2**20 - 1, 2**20, -1, -(2**63), 2**63 - 1])
+    for _ in range(data.draw(st.integers(1, 6))):
+        rows = data.draw(st.lists(st.tuples(number, st.integers(-1, 1)), min_size=1, max_size=8))
+        columns = {
+            name: Column.of_array(np.array(values)) for name, values in zip("ab", zip(*rows, strict=True), strict=True)
+        }
+        if data.draw(st.booleans()):
+            texts = pl.Series([str(value) for value, _ in rows])
+            columns["a"] = Column.of_series(texts)
+        found = cache.rows([(columns, len(rows))] * 2)
+        assert found.tolist() == [list(row) for row in rows] * 2
+
+
 def test_rows_of_several_integers_are_told_apart_however_many_there_are() -> None:
     def encode(columns: Features) -> Parts:
         return (torch.tensor([columns["a"].values, columns["b"].values]).T,)
