@@ -2,7 +2,8 @@
 
     infer ─► checked against the version that will answer ─► waiting ─► one forward for all that wait ─► answers
 
-Nothing waits for a batch to fill: while a batch is scored others come in, and what waits when it is done is the next one.
+Nothing waits for a batch to fill: while a batch is scored others come in, and what waits when it is done is the next one. Before it is
+begun the event loop goes round as long as that brings more requests: what has arrived is read, a matter of microseconds.
 Where the store is embedded, a batch is scored in the event loop itself: nothing in it waits, and with one core there is
 nobody to wait for. Where the store is a server, batches are scored in a thread, so that a store that does not answer
 holds up nothing else.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +36,10 @@ __all__ = ["Options", "Service"]
 logger = logging.getLogger("limaml.serving")
 
 PLATFORM = "limaml"
+
+ROUNDS, GATHERING = 8, 0.003
+"""A batch is begun when the event loop has gone round so often without another request, or after so many seconds. gRPC takes
+about four rounds, and a turn of its own thread, from one request to the next."""
 
 SELDOM = 10.0
 """Seconds between tries to load a first version, in the end."""
@@ -377,10 +384,19 @@ class Service:
     # ----------------------------------------------------------------------------------------------------- batches
 
     def _score_soon(self) -> None:
-        """Have what waits scored, after what is ready to run now: requests that were read together are one batch."""
+        """Have what waits scored, once nothing more is about to: requests that arrived together are one batch."""
         if self._waiting and not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._score_next)
+            asyncio.get_running_loop().call_soon(self._gather, 0, 0, time.perf_counter() + GATHERING)
+
+    def _gather(self, seen: int, rounds: int, until: float) -> None:
+        waiting = len(self._waiting)
+        rounds = rounds + 1 if waiting == seen else 0
+        if rounds >= ROUNDS or time.perf_counter() > until:
+            self._score_next()
+        else:
+            _let_others_run()
+            asyncio.get_running_loop().call_soon(self._gather, waiting, rounds, until)
 
     def _score_next(self) -> None:
         batch = self._take()
@@ -427,6 +443,12 @@ class Service:
             rows += one.asked.rows if fits else 0
         self._waiting = left
         return batch
+
+
+def _let_others_run() -> None:
+    """Give threads that share this one's core a turn: gRPC reads requests in one."""
+    if sys.platform != "win32":
+        os.sched_yield()
 
 
 def _close(loaded: Loaded) -> None:

@@ -87,6 +87,29 @@ def test_many_at_once_are_batched_and_each_gets_its_own(folder: Path, inline: bo
     assert sum(batches) == len(frames) and max(batches) > 1
 
 
+def test_requests_that_come_a_round_of_the_loop_apart_are_one_batch(folder: Path) -> None:
+    batches = []
+
+    async def late(service: Service, rounds: int) -> Any:
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        return await service.infer(request(FRAME.slice(rounds, 2)))
+
+    async def work(service: Service) -> Sequence[Any]:
+        score = service._batches.score
+        service._batches.score = lambda batch: (batches.append(len(batch)), score(batch))[1]  # type: ignore[method-assign]
+        answers = await asyncio.gather(*(late(service, 3 * place) for place in range(4)))
+        await late(service, 1)
+        return answers
+
+    with limaml.open_store(folder / "store") as store, limaml.Predictor(store, "model") as predictor:
+        answers = run(store, work, Options(timeout=60))
+        for place, answer in enumerate(answers):
+            wanted = predictor.score(FRAME.slice(3 * place, 2))
+            np.testing.assert_allclose(outputs(answer)["score"], wanted.predictions[:, 0], atol=1e-6)
+    assert batches[0] > 1 and sum(batches) == 5 and batches[-1] == 1  # nobody waits for what does not come
+
+
 def test_a_full_queue_and_a_late_answer_say_so(folder: Path) -> None:
     async def work(service: Service) -> list[Any]:
         asked = [service.infer(request(FRAME.head(1))) for _ in range(5)]
