@@ -25,6 +25,8 @@ def _part(module: str) -> Callable[[Sequence[str]], None]:
 
 PARTS: dict[str, Callable[[Sequence[str]], None]] = {
     "ingest": _part("ingest"),
+    "generate": _part("generate"),
+    "train": _part("train"),
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from limaml.cli.workspace import MODEL_NAME, Workspace
 from limaml.embeddings.refresher import live_versions
+from limaml.embeddings.spool import Spool
+from limaml.errors import StoreError
 from limaml.interactions.schema import Task
 from limaml.meta.scrub import scrub_model
 from limaml.store import Store
@@ -15,8 +17,8 @@ __all__ = ["forget_tasks", "recall_tasks"]
 
 
 def forget_tasks(place: Workspace, store: Store | None, task: Task, keys: Sequence[str]) -> list[str]:
-    """Remove the tasks `keys` from the store, the windows, the log, the dead letters, the side tables, the candidates and the
-    model's vocabularies; a sentence for each place.
+    """Remove the tasks `keys` from the store, from shards that are not published, from the windows, the log, the dead letters,
+    the side tables, the candidates and the model's vocabularies; a sentence for each place.
 
     Tombstones come first, in the log and in the store: from then on a replay or a redelivery brings nothing back. Killed at any
     moment, the same call completes it, as each place is left last by what leads to the others: the log's rows name the
@@ -34,6 +36,7 @@ def forget_tasks(place: Workspace, store: Store | None, task: Task, keys: Sequen
                 if count
             ]
     said += [] if said else ["No version held a vector."]
+    said += _unpublished(place)
     with place.windows() as windows:
         said.append(_counted(windows.forget(task.name, keys), "window", "was removed or made shorter"))
     said.append(_counted(log.forget(task.name, columns, keys), "interaction", "left the log"))
@@ -56,6 +59,23 @@ def recall_tasks(place: Workspace, store: Store | None, task: Task, keys: Sequen
     """Lift the tombstones of tasks that come back; returns how many there were. What was removed stays removed."""
     lifted = place.log(place.schema).recall(task.name, keys)
     return max(lifted, 0 if store is None else store.recall(task.name, keys))
+
+
+def _unpublished(place: Workspace) -> list[str]:
+    """Remove the shards of a generation that was killed: they may be of forgotten tasks, or made of their rows."""
+    if not place.generation.exists():
+        return []
+    spool = Spool(place.generation)
+    try:
+        with spool.held():
+            there = any(spool.shards.glob("*"))
+            spool.clear()
+    except StoreError:
+        return [
+            f"Embeddings are being generated in {place.generation}. When they are published, none is of a forgotten task, and the "
+            "files are removed; if that run is ended before, do this again."
+        ]
+    return ["What a generation had made, and not published, was removed."] if there else []
 
 
 def _counted(count: int, what: str, happened: str) -> str:

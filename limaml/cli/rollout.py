@@ -8,11 +8,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from limaml.cli.console import console, counting, say
+from limaml.cli.console import console, say
+from limaml.cli.embed import Address, Device, Engine, Workers, caught_up, generated
 from limaml.cli.workspace import MODEL_NAME, Workspace
 from limaml.durable import clear_leftovers, put_in_place, scratch_beside
-from limaml.embeddings import publish
-from limaml.embeddings.refresher import Refresher, live_versions, log_position
+from limaml.embeddings.engines import EngineName
+from limaml.embeddings.refresher import live_versions
 from limaml.errors import ConfigError
 from limaml.meta import TrainedModel, load_model
 from limaml.store import Store
@@ -31,6 +32,10 @@ def rollout_command(
         bool, Parameter(help="Serve the new version; --no-activate leaves it ready beside the old one.")
     ] = True,
     note: Annotated[str, Parameter(help="A remark kept with the version.")] = "",
+    engine: Engine = "local",
+    workers: Workers = None,
+    address: Address = None,
+    device: Device = "cpu",
 ) -> None:
     """Publish every task with a new model beside the version that is served, from the same log; verify it; then serve it.
 
@@ -54,9 +59,9 @@ def rollout_command(
             raise ConfigError(
                 f"Nothing of {folder} is served yet, so there is nothing to replace. Type: limaml embed {folder}"
             )
-        version = _published(place, opened, trained, source, note)
+        version = _published(place, opened, trained, source, note, engine, workers, address, device)
         with place.refresher(opened, store) as refresher:
-            _caught_up(refresher, version)
+            caught_up(refresher, version)
         counts = opened.verify(MODEL_NAME, version)
         say([f"Version {version} is verified: {', '.join(f'{count:,} {name}' for name, count in counts.items())}."])
         if not activate:
@@ -73,42 +78,30 @@ def rollout_command(
     )
 
 
-def _published(place: Workspace, store: Store, trained: TrainedModel, source: Path, note: str) -> str:
+def _published(
+    place: Workspace,
+    store: Store,
+    trained: TrainedModel,
+    source: Path,
+    note: str,
+    engine: EngineName,
+    workers: int | None,
+    address: str | None,
+    device: str,
+) -> str:
     """The live version of this model; published if there is none, gone on with if it is half written."""
     ready = [version for version in live_versions(store, MODEL_NAME) if _is_of(version, trained)]
     if ready:
         say([f"Version {ready[-1].id} of this model is there already."])
         return ready[-1].id
-    log = place.log(place.schema)
-    position = log.position
-    frame, dropped = place.joined(log.read(through=position))
-    say([dropped] if dropped else [])
-    data = trained.encoder.encode(frame)
-    with counting("embedding") as progress:
-        published = publish(
-            store,
-            MODEL_NAME,
-            trained,
-            source,
-            data,
-            note=note,
-            extra=log_position(log, position),
-            resume=True,
-            activate=False,
-            progress=progress,
-        )
+    with generated(place, trained, source, engine=engine, workers=workers, address=address, device=device) as made:
+        published = made.publish(store, MODEL_NAME, note=note, resume=True, activate=False)
+        made.clear()
     return published.version
 
 
 def _is_of(version: Version, trained: TrainedModel) -> bool:
     return version.state == "ready" and version.artifact == trained.digest
-
-
-def _caught_up(refresher: Refresher, version: str) -> None:
-    """What was appended while the version was written reaches it."""
-    for done in refresher.run().versions:
-        if done.version == version and done.tasks:
-            say([f"{done.tasks:,} tasks that changed meanwhile were adapted again."])
 
 
 def _take_over(place: Workspace, source: Path, trained: TrainedModel) -> None:

@@ -7,6 +7,7 @@ DIR/log/                 all interactions, as they were read, each source once
 DIR/side/*.parquet       side tables, as they were read; side/tables.json names their keys
 DIR/candidates.parquet   the latest features of every row id: what `recommend` ranks
 DIR/store/               the embedded store
+DIR/generation/          embeddings that are being made, until they are published
 DIR/windows/             each task's last interactions, packed: derived from the log, made again where they are missing
 """
 
@@ -52,6 +53,10 @@ class Workspace:
     @property
     def model(self) -> Path:
         return self.folder / "model"
+
+    @property
+    def generation(self) -> Path:
+        return self.folder / "generation"
 
     @property
     def checkpoint(self) -> Path:

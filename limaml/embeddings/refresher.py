@@ -18,7 +18,7 @@ from limaml.config import Config
 from limaml.embeddings.upsert import upsert_adapted
 from limaml.embeddings.windows import CaughtUp, Layout, Windows
 from limaml.errors import ConfigError, StoreError
-from limaml.interactions import Encoder, InteractionLog, Schema
+from limaml.interactions import Encoder, InteractionLog
 from limaml.interactions.side_tables import SideTables
 from limaml.meta.model import MetaModel
 from limaml.meta.saved import TrainedModel, load_model
@@ -209,7 +209,7 @@ class Refresher:
         watermark: int | None,
     ) -> tuple[int, int, int]:
         schema = trained.encoder.schema
-        wanted = _columns_of(schema)
+        wanted = schema.columns
         own = [column for column in self._log.schema if column in wanted | set(self._side.columns(self._log.schema))]
         held = windows.read(task, keys, columns=own, most=trained.model.adaptation.max_support)
         there = held.count > 0  # else forgotten since they were listed
@@ -263,13 +263,6 @@ class Refresher:
         known = windows.refreshed(label)
         noted = version.extra.get("log_position") if version.extra.get("log") == self._log.id else None
         return max((int(n) for n in (known, noted) if n is not None), default=0)
-
-
-def _columns_of(schema: Schema) -> set[str]:
-    """The columns that encoding reads."""
-    columns = {feature.column for feature in schema.features} | {label.column for label in schema.labels}
-    columns |= {column for task in schema.tasks for column in task.columns}
-    return columns | {column for column in (schema.time, schema.weight, schema.offset) if column is not None}
 
 
 def _chunks(keys: list[str], most: int | None) -> Iterator[list[str]]:

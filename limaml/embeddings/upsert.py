@@ -12,7 +12,7 @@ from torch import Tensor
 from limaml.embeddings.factors import factor_type, pack_factors
 from limaml.embeddings.features import feature_width, features_type, pack_features
 from limaml.embeddings.generate import generate
-from limaml.embeddings.publish import revisions
+from limaml.embeddings.piece import revisions
 from limaml.errors import StoreError
 from limaml.meta.saved import TrainedModel
 from limaml.store.contract import Store, Upserted, Version

@@ -155,3 +155,10 @@ class Schema(_Frozen):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def columns(self) -> set[str]:
+        """Every column that encoding reads."""
+        columns = {feature.column for feature in self.features} | {label.column for label in self.labels}
+        columns |= {column for task in self.tasks for column in task.columns}
+        return columns | {column for column in (self.time, self.weight, self.offset) if column is not None}

@@ -1,0 +1,258 @@
+"""Every member's embedding from a log on disk: by one process and several, here and on Ray; published; and refreshed after one
+member in a hundred acted. Each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from benchmarks.scale.measure import in_child
+from benchmarks.scale.workload import DAYS, ITEMS, START, items, make_source, members, named, rows_of
+
+HERE = "benchmarks.scale.generate"
+ROOT = Path(__file__).parent.parent.parent
+SAMPLE = 5_000  # members that the model is trained on
+ACTED = 0.01
+
+
+def prepare(folder: str, source: str, tasks: int, buckets: int) -> dict[str, Any]:
+    """A run folder: the log, the side tables, and a model of the default settings, trained on some members."""
+    import limaml
+    from limaml.config import parse_config
+    from limaml.interactions.log import InteractionLog
+
+    place = Path(folder)
+    log = InteractionLog(place / "log", "user_id", buckets)
+    for file in sorted(Path(source).glob("*.parquet")):
+        log.append(file)
+    (place / "side").mkdir()
+    tables = {"user_id": members(tasks), "item_id": items()}
+    for key, table in tables.items():
+        table.write_parquet(place / "side" / f"{key}.parquet")
+    (place / "side" / "tables.json").write_text(json.dumps({key: f"{key}.parquet" for key in tables}))
+    chosen = named(np.linspace(0, tasks - 1, min(SAMPLE, tasks)).astype(np.int64), tasks)
+    joined = limaml.join_tables(log.read(chosen.tolist()), tables)
+    schema = limaml.infer_schema(
+        joined.frame,
+        task="user_id",
+        row="item_id",
+        time="time",
+        label="click",
+        task_columns={"user_id": joined.columns["user_id"]},
+        row_columns=joined.columns["item_id"],
+        exclude=["watched"],
+    ).schema
+    limaml.train(joined.frame, schema, parse_config({"train": {"epochs": 1}})).save(place / "model")
+    return {"rows": log.rows, "features": [feature.name for feature in schema.features]}
+
+
+def generate(folder: str, engine: str, workers: int, keep: bool) -> dict[str, Any]:
+    """All shards, made anew; `keep` leaves them."""
+    import limaml
+    from limaml.embeddings.generation import generation
+    from limaml.embeddings.shards import Made
+    from limaml.interactions.log import InteractionLog
+
+    place, peaks = Path(folder), dict[int, float]()
+    shutil.rmtree(place / "generation", ignore_errors=True)
+    trained = limaml.load_model(place / "model")
+
+    def look(_name: str, _done: int, _of: int) -> None:
+        for process in {*peaks, os.getpid(), *_children()}:
+            peaks[process] = max(peaks.get(process, 0.0), _peak_gib(process))
+
+    begun = time.perf_counter()
+    with generation(
+        InteractionLog(place / "log"),
+        trained,
+        place / "model",
+        place / "generation",
+        side=place / "side",
+        engine_name=engine,  # type: ignore[arg-type]
+        workers=workers,
+        progress=look,
+    ) as made:
+        seconds = time.perf_counter() - begun
+        shards: Sequence[Made] = made.shards
+        tasks = sum(shard.tasks for shard in shards)
+        if not keep:
+            made.clear()
+    spent = {what: sum(shard.seconds[what] for shard in shards) for what in shards[0].seconds}
+    return {
+        "seconds": seconds,
+        "tasks": tasks,
+        "tasks_per_s": tasks / seconds,
+        "spent": spent,
+        "in_engine": spent["adapt"] / spent["all"],
+        "workers_peak_gib": max(peaks.values()),
+        "processes": len({shard.process for shard in shards}),
+    }
+
+
+def publish(folder: str) -> dict[str, Any]:
+    """The shards that are there into a new store."""
+    import limaml
+    from limaml.embeddings.generation import generation
+    from limaml.interactions.log import InteractionLog
+
+    place = Path(folder)
+    shutil.rmtree(place / "store", ignore_errors=True)
+    with (
+        limaml.open_store(place / "store") as store,
+        generation(
+            InteractionLog(place / "log"),
+            limaml.load_model(place / "model"),
+            place / "model",
+            place / "generation",
+            side=place / "side",
+        ) as made,
+    ):
+        assert made.kept == len(made.shards)
+        begun = time.perf_counter()
+        published = made.publish(store, "model")
+        return {"seconds": time.perf_counter() - begun, "bytes": published.bytes}
+
+
+def refresh(folder: str, tasks: int) -> dict[str, Any]:
+    """One member in a hundred, whoever they are, acts once."""
+    import limaml
+    from limaml.embeddings.refresher import Refresher
+    from limaml.interactions.log import InteractionLog
+    from limaml.interactions.side_tables import SideTables
+
+    place = Path(folder)
+    log = InteractionLog(place / "log")
+    with (
+        limaml.open_store(place / "store") as store,
+        Refresher(store, "model", log, place / "windows", SideTables(place / "side")) as refresher,
+    ):
+        begun = time.perf_counter()
+        refresher.windows.catch_up()
+        made_windows = time.perf_counter() - begun
+        rng = np.random.default_rng(9)
+        acting = rng.choice(tasks, int(ACTED * tasks), replace=False)
+        now = START + DAYS * 86_400 + log.position
+        log.append(
+            pl.DataFrame(
+                {
+                    "user_id": acting,
+                    "item_id": rng.integers(0, ITEMS, len(acting)),
+                    "time": np.full(len(acting), now),
+                    "watched": rng.exponential(30, len(acting)).astype(np.float32),
+                    "click": rng.random(len(acting)) < 0.3,
+                }
+            )
+        )
+        begun = time.perf_counter()
+        (version,) = refresher.run().versions
+        seconds = time.perf_counter() - begun
+    assert version.tasks == len(acting)
+    return {"seconds": seconds, "tasks": version.tasks, "windows_s": made_windows}
+
+
+def measure(
+    folder: Path, tasks: int, workers: Sequence[int], engines: Sequence[str], buckets: int, repeats: int
+) -> Any:
+    place = folder / f"generate-{tasks}"
+    if not (place / ".complete").exists():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        in_child(
+            HERE, "prepare", folder=str(place), source=str(make_source(folder, tasks)), tasks=tasks, buckets=buckets
+        )
+        (place / ".complete").touch()
+    runs: list[dict[str, Any]] = []
+    for turn in range(repeats):  # in turns, so that what else the machine does falls on all
+        for engine in engines:
+            for number in workers:
+                last = turn == repeats - 1 and engine == engines[-1] and number == workers[-1]
+                found = in_child(HERE, "generate", folder=str(place), engine=engine, workers=number, keep=last)
+                runs.append({"engine": engine, "workers": number, **found})
+                print({name: value for name, value in runs[-1].items() if name != "spent"}, flush=True)
+    best = {(run["engine"], run["workers"]): run for run in sorted(runs, key=lambda run: -run["seconds"])}
+    published = in_child(HERE, "publish", folder=str(place))
+    touched = in_child(HERE, "refresh", folder=str(place), tasks=tasks)
+    shutil.rmtree(place / "generation", ignore_errors=True)
+    shutil.rmtree(place / "windows", ignore_errors=True)
+    shutil.rmtree(place)  # the log has the refresh's rows now
+    one = best[engines[0], min(workers)]
+    return {
+        "tasks": one["tasks"],
+        "rows": rows_of(tasks),
+        "buckets": buckets,
+        "in_engine": one["in_engine"],
+        "tasks_per_s": {f"{engine} {number}": run["tasks_per_s"] for (engine, number), run in best.items()},
+        "two_against_one": {
+            engine: best[engine, 1]["seconds"] / best[engine, 2]["seconds"]
+            for engine in engines
+            if (engine, 1) in best and (engine, 2) in best
+        },
+        "ray_against_local": {
+            str(number): best["ray", number]["seconds"] / best["local", number]["seconds"]
+            for number in workers
+            if ("ray", number) in best and ("local", number) in best
+        },
+        "workers_peak_gib": max(run["workers_peak_gib"] for run in runs),
+        "publish": published,
+        "refresh": touched,
+        "refresh_share": touched["seconds"] / one["seconds"],
+        "runs": runs,
+    }
+
+
+def _children() -> list[int]:
+    """All processes below this one, and those of Ray, which has them adopted."""
+    found, parents = list[int](), dict[int, int]()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            continue
+        process = int(stat.parent.name)
+        parents[process] = int(rest.split()[1])
+        if name.startswith("ray::"):
+            found.append(process)
+    for process in parents:
+        above = parents[process]
+        while above > 1 and above != os.getpid():
+            above = parents.get(above, 0)
+        if above == os.getpid():
+            found.append(process)
+    return found
+
+
+def _peak_gib(process: int) -> float:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+    except (OSError, StopIteration):
+        return 0.0
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale --part generate", description=__doc__)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[100_000])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--engines", nargs="+", default=["local", "ray"], choices=["local", "ray"])
+    parser.add_argument("--buckets", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "scale")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale" / "generate.json")
+    given = parser.parse_args(arguments)
+    sizes = []
+    for tasks in given.tasks:
+        sizes.append(measure(given.folder, tasks, given.workers, given.engines, given.buckets, given.repeats))
+        print({name: value for name, value in sizes[-1].items() if name not in ("runs",)}, flush=True)
+    result = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "sizes": sizes}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
