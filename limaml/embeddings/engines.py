@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ DEATHS = 3
 
 OBJECTS = 100 * 2**20
 """Bytes that a Ray started here keeps for objects: jobs and what is told of shards are small."""
+
+
+CONNECT_S = 10.0
 
 
 @contextmanager
@@ -153,8 +157,11 @@ def _ray(setting: Setting, workers: int | None, address: str | None) -> Iterator
             cores = max(workers or 1, os.cpu_count() or 1)
             options = {"include_dashboard": False, "num_cpus": cores, "object_store_memory": OBJECTS}
         try:
+            if address is not None and ":" in address:  # Ray itself would try for minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), CONNECT_S).close()
             ray.init(log_to_driver=False, logging_level="ERROR", namespace="limaml", **options)
-        except ConnectionError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"No Ray cluster answers at {address} ({error}). Start one (ray start --head), or leave --address out."
             ) from error
