@@ -8,12 +8,14 @@ import polars as pl
 import pytest
 import torch
 
+from benchmarks.engine import gpu
 from benchmarks.engine.blocks import PRIOR, RATE, Blocks, Size, blocks_of
 from benchmarks.engine.contender import Contender, Outcome, gradients_of, relative_error, zeroed
 from benchmarks.engine.measure import Timing, flops_of, interleaved
 from benchmarks.engine.memory import peak_bytes
 from benchmarks.engine.ours import Limaml
 from benchmarks.engine.peers import contenders
+from benchmarks.engine.suite import Case
 from benchmarks.engine.table import page
 from benchmarks.engine.vmaps import VmapPadded
 from benchmarks.engine.workload import LONGEST, Problem, Work, generated_table, movielens_table, problem_of
@@ -196,3 +198,30 @@ def test_the_page_says_what_the_results_say() -> None:
     assert "2,500" in targets
     assert "40.0× (✓ 30), lean loop" in targets and "3.0× (✗ 4), vmap, buckets" in targets
     assert "1/8.0 (✓ 5)" in targets and "80% (✓ 75%)" in targets
+
+
+def test_the_benchmark_of_a_gpu_measures_and_tells() -> None:
+    """On the processor, which is every machine's device: contenders agree, and the page has a line for each case."""
+    here = torch.device("cpu")
+    entries = []
+    for work in ("generate", "train"):
+        case = Case(4, "small", work, gpu.STEPS)  # type: ignore[arg-type]
+        entries += gpu.compare_on(here, case, 32, every=8, repetitions=1, seconds_each=0.0)
+    assert {e["contender"]: e["tasks"] for e in entries} == {
+        "limaml": 32,
+        "limaml, on the processor": 4,
+        "lean loop": 4,
+        "vmap, buckets": 32,
+    }
+    curves = [c for solver in ("gradient", "newton") for c in gpu.curve(here, solver, 16, 4, [32, 64], 1)]
+    told = {
+        "command": "it",
+        "device": "cpu",
+        "threads": 1,
+        "cores": 2,
+        "date": "2026-01-01",
+        "versions": {"torch": "2"},
+    }
+    text = gpu.page({**told, "cases": entries, "curves": curves})
+    assert "| generate, support ≤ 4, small | 32 |" in text
+    assert text.count("| newton | cpu | 16 |") == 2

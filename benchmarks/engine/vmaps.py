@@ -54,7 +54,7 @@ def _per_task_bytes(blocks: Blocks, length: int, work: str, steps: int) -> int:
     return 4 * floats * (3 if work == "generate" else 5 * steps + 3)
 
 
-def _buckets(blocks: Blocks, problem: Problem, steps: int, growth: float | None) -> list[_Bucket]:
+def _buckets(blocks: Blocks, problem: Problem, steps: int, growth: float | None, memory: int = MEMORY) -> list[_Bucket]:
     """In the order of length if `growth` is given; else in the given order, padded to the longest of all."""
     support, present = _padded(problem.support, problem.tasks, problem.longest)
     query, judged = _padded(problem.query, problem.tasks, problem.longest if problem.work == "train" else 0)
@@ -64,7 +64,7 @@ def _buckets(blocks: Blocks, problem: Problem, steps: int, growth: float | None)
     for task in order.tolist():
         length = problem.longest if growth is None else int(size[task])
         bucket = found[-1] if found else None
-        fits = bucket is not None and (len(bucket) + 1) * _per_task_bytes(blocks, length, problem.work, steps) <= MEMORY
+        fits = bucket is not None and (len(bucket) + 1) * _per_task_bytes(blocks, length, problem.work, steps) <= memory
         if bucket is not None and fits and (growth is None or length <= growth * int(size[bucket[0]])):
             bucket.append(task)
         else:
@@ -96,22 +96,27 @@ class VmapPadded:
 
 
 class VmapBuckets:
-    """`vmap` over supports sorted into buckets of similar length."""
+    """`vmap` over supports sorted into buckets of similar length, each estimated to stay within `memory` bytes."""
 
     name = "vmap, buckets"
     kind: Kind = "vmap"
+
+    def __init__(self, memory: int = MEMORY) -> None:
+        self.memory = memory
 
     def prepare(self, blocks: Blocks, problem: Problem, steps: int) -> tuple[Callable[[], Outcome], int]:
         trials = []
         layouts = {}
         for growth in GROWTH:
-            buckets = _buckets(blocks, problem, steps, growth)
+            buckets = _buckets(blocks, problem, steps, growth, self.memory)
             layouts[tuple(len(bucket.tasks) for bucket in buckets)] = buckets
         for buckets in layouts.values():
             work = _work(blocks, problem, buckets, steps)
             started = time.perf_counter()
             if len(layouts) > 1:
                 work()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
             trials.append((time.perf_counter() - started, max(len(bucket.tasks) for bucket in buckets), work))
         _, in_flight, work = min(trials, key=lambda trial: trial[0])
         return work, in_flight

@@ -9,17 +9,31 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FREE_SHARE", "cache_rows", "free_bytes", "kept_bytes"]
+__all__ = ["FREE_SHARE", "chunk_rows", "free_bytes", "kept_bytes", "piece_rows"]
 
 CACHE = 2**20
 """Bytes that the widest activation of a piece of rows may take, so that the next layer finds it in the cache."""
+
+GPU_PIECE = 2**18
+"""Rows of a piece on a GPU: enough for its kernels to take longer than their launch, a few hundred megabytes a layer."""
+
+CHUNK = {"cpu": 2**16, "cuda": 2**20}
+"""Support rows that are adapted on at once, where memory allows."""
 
 FREE_SHARE = 0.5
 """Of the memory that is free, where no limit is set."""
 
 
-def cache_rows(modules: Iterable[nn.Module]) -> int:
-    """Rows whose activations stay in the cache of one core, between two of the Linear layers among `modules`."""
+def chunk_rows(device: torch.device) -> int:
+    """Support rows of a chunk of tasks that are adapted together, unless the caller says otherwise."""
+    return CHUNK.get(device.type, CHUNK["cpu"])
+
+
+def piece_rows(modules: Iterable[nn.Module], device: torch.device) -> int:
+    """Rows that are worked on at once: those whose activations stay in the cache of one core, between two of the Linear
+    layers among `modules`; on a GPU, as many as keep it busy."""
+    if device.type == "cuda":
+        return GPU_PIECE
     widths = [max(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
     return max(256, CACHE // (4 * max(widths, default=64)))
 

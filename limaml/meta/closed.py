@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limaml.meta.budget import cache_rows
+from limaml.meta.budget import piece_rows
 from limaml.meta.chain import Chain, chain_of
 from limaml.meta.losses import Losses
 from limaml.meta.scorer import Piece, RowScorer
@@ -50,7 +50,7 @@ class ClosedForm:
     def __init__(self, scorer: RowScorer, block: LayeredBlock, slot: int, bias: Tensor | None, chain: Chain) -> None:
         self.scorer, self.block, self.slot, self.chain = scorer, block, slot, chain
         self._bias = bias
-        self.pieces = scorer.cut_into(cache_rows(chain.linears))
+        self.pieces = scorer.cut_into(piece_rows(chain.linears, scorer.owner.device))
         self._read = [i for i, parts in enumerate(scorer.sides) if parts[slot] is not None]
         mixed = [i for i in self._read if not scorer.in_order[i]]
         places, offset = [], 0

@@ -24,7 +24,7 @@ from limaml.errors import ModelError
 from limaml.meta.adapted import structure_of, widened
 from limaml.meta.age import HalfLife
 from limaml.meta.blocks import CONSTANT
-from limaml.meta.budget import FREE_SHARE, cache_rows, free_bytes, kept_bytes
+from limaml.meta.budget import FREE_SHARE, chunk_rows, free_bytes, kept_bytes, piece_rows
 from limaml.meta.engine import Engine
 from limaml.meta.gradient import GradientSolver
 from limaml.meta.loop import Loop
@@ -246,7 +246,7 @@ class MetaModel(nn.Module):
     def _rows_per_piece(self, data: Interactions, task: str, tasks: Tensor, rows: Rows, held: Held) -> int | None:
         """Rows that are worked on at once: what fits the cache, or, with gradients, the memory. None: all."""
         if not torch.is_grad_enabled():
-            return cache_rows(self.global_block.modules()) if self.device.type == "cpu" else None
+            return piece_rows(self.global_block.modules(), self.device)
         if len(rows) <= FEW_ROWS:
             return None
         few = Rows(rows.rows[:256], rows.owner[:256])
@@ -289,7 +289,7 @@ class MetaModel(nn.Module):
         among: TaskRows,
         tasks: Tensor | None = None,
         *,
-        rows_per_chunk: int = 65536,
+        rows_per_chunk: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor: ...
 
@@ -301,7 +301,7 @@ class MetaModel(nn.Module):
         among: TaskRows,
         tasks: Tensor | None = None,
         *,
-        rows_per_chunk: int = 65536,
+        rows_per_chunk: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         uncertainty: Literal[True],
         before: Posterior | None = None,
@@ -315,14 +315,15 @@ class MetaModel(nn.Module):
         among: TaskRows,
         tasks: Tensor | None = None,
         *,
-        rows_per_chunk: int = 65536,
+        rows_per_chunk: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         uncertainty: bool = False,
         before: Posterior | None = None,
     ) -> Tensor | Posterior:
         """Meta embeddings `[tasks, dim]` of `tasks` (default: every entry), adapted on their most recent rows in `among`.
 
-        Tasks are taken in chunks of about `rows_per_chunk` support rows, or of as many as `adapt.memory_mib` allows, so that
+        Tasks are taken in chunks of about `rows_per_chunk` support rows (default: 65,536, or a million on a GPU), or of as
+        many as `adapt.memory_mib` allows, so that
         memory does not grow with their number. `progress` is called with (tasks done, tasks in all).
 
         With `uncertainty` the result is the `Posterior` around the embeddings (solver newton): `dim²` more numbers a task.
@@ -337,7 +338,7 @@ class MetaModel(nn.Module):
         used = size if cap is None else size.clamp(max=cap)
         # A task weighs its rows and what its own layers take, in bytes: cold tasks cost something too.
         each = self._task_bytes(data, task, tasks) if len(tasks) else 0
-        most = min(self._budget(), rows_per_chunk * ROW_BYTES)
+        most = min(self._budget(), (rows_per_chunk or chunk_rows(self.device)) * ROW_BYTES)
         chunk = torch.div(torch.cumsum(used * ROW_BYTES + each, 0) - 1, max(1, most), rounding_mode="floor")
         solver, dim = self.newton(task) if uncertainty else None, self.dims[task] or 0
         vectors = [torch.zeros(0, dim, dtype=self.dtype, device=self.device)]
