@@ -49,6 +49,7 @@ class Waiting:
     answer: asyncio.Future[Answer]
     since: float
     sampling: Sampling
+    alarm: asyncio.TimerHandle
 
 
 class StoreState:

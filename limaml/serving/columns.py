@@ -25,7 +25,7 @@ from limaml.interactions.keys import join_key
 from limaml.interactions.schema import Feature, Task
 from limaml.types import FeatureKind, Features
 
-__all__ = ["Column", "Lookup", "Lookups", "columns_of", "joined", "keys_of"]
+__all__ = ["Column", "Lookup", "Lookups", "columns_of", "joined", "keys_of", "plain_type"]
 
 REMEMBERED = 200_000
 """Distinct values of a feature that are kept encoded; beyond that it is begun anew."""
@@ -47,6 +47,11 @@ _PLAIN: dict[np.dtype[Any], pl.DataType] = {
     np.dtype(np.float64): pl.Float64(),
 }
 """What most arrays are, and what polars would call it."""
+
+
+def plain_type(dtype: np.dtype[Any]) -> pl.DataType | None:
+    """What polars would call an array of plain numbers of this type; None for what needs a closer look."""
+    return _PLAIN.get(dtype)
 
 
 class Column:

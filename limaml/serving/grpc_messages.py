@@ -7,7 +7,8 @@ version of protobuf.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limaml.errors import require
+from limaml.serving.layouts import LAYOUTS_KEPT, LONGEST_KEPT, Layout
 from limaml.serving.raw import check_shape, decode_raw, encode_raw
 from limaml.serving.tensors import (
     InferRequest,
@@ -81,6 +83,9 @@ def parse(kind: Any, raw: bytes) -> Any:
 
 def decode_infer(raw: bytes) -> tuple[InferRequest, bool]:
     """An inference request, and whether its tensors came as raw bytes."""
+    for known in _layouts:
+        if len(raw) == known.size and raw.startswith(known.head) and known.fits(raw):
+            return known.layout.request(known.model, known.version, raw), True
     given = parse(_REQUEST, raw)
     contents = given.raw_input_contents
     if contents and len(contents) != len(given.inputs):
@@ -114,7 +119,64 @@ def decode_infer(raw: bytes) -> tuple[InferRequest, bool]:
         outputs=tuple(output.name for output in given.outputs),
         parameters={name: _value(name, value) for name, value in given.parameters.items()},
     )
+    if contents and request.id is None:
+        _keep(raw, request, contents)
     return request, bool(contents)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """How a message begins, and where its raw contents are: the last field, as protobuf writes them."""
+
+    head: bytes
+    between: tuple[tuple[bytes, int], ...]  # the tag and length of each, and where they stand
+    size: int
+    layout: Layout
+    model: str
+    version: str | None
+
+    def fits(self, raw: bytes) -> bool:
+        return all(raw.startswith(tag, place) for tag, place in self.between)
+
+
+_layouts: list[_Known] = []
+"""Those of the last few clients: a message is compared with one after the other."""
+MESSAGES_KEPT = 16
+
+
+def _keep(raw: bytes, request: InferRequest, contents: Sequence[bytes]) -> None:
+    """Remember how a message is laid out; the one known longest makes room."""
+    tags = [_RAW_INPUT + _varint(len(one)) for one in contents]
+    tail = b"".join(part for pair in zip(tags, contents, strict=True) for part in pair)
+    start = len(raw) - len(tail)
+    if start > LONGEST_KEPT or not raw.endswith(tail):
+        return
+    try:
+        if _REQUEST.FromString(raw[:start]).raw_input_contents:  # the tail may be a part of something else
+            return
+    except protobuf.DecodeError:
+        return
+    between, places, place = [], [], start
+    for tag, one in zip(tags, contents, strict=True):
+        between.append((tag, place))
+        places.append((place + len(tag), place + len(tag) + len(one)))
+        place = places[-1][1]
+    layout = Layout.of(request, places)
+    _layouts.append(_Known(raw[:start], tuple(between), len(raw), layout, request.model, request.version))
+    del _layouts[:-MESSAGES_KEPT]
+
+
+_RAW_INPUT, _RAW_OUTPUT = b"\x3a", b"\x32"
+"""Tags of `raw_input_contents` in a request (field 7) and `raw_output_contents` in an answer (field 6), both bytes."""
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
 
 
 def _refuse_shared_memory(parameters: Mapping[str, Any], where: str) -> None:
@@ -163,8 +225,33 @@ def _value(name: str, parameter: Any) -> bool | int | str | float:
 
 def encode_infer(response: InferResponse, raw: bool) -> bytes:
     """The answer's bytes, its tensors raw or as numbers: as the request's were."""
-    outputs = []
     raw = raw or any(output.datatype not in _CONTENTS for output in response.outputs)
+    if not raw:
+        return _described(response, raw=False)
+    heads = _heads
+    told = response.id is not None or bool(response.parameters)
+    key = (response.model, response.version, *((one.name, one.datatype, one.shape) for one in response.outputs))
+    head = None if told else heads.get(key)
+    if head is None:
+        head = _described(response, raw=True)
+        if not told:
+            while len(heads) >= LAYOUTS_KEPT:
+                heads.pop(next(iter(heads)))
+            heads[key] = head
+    parts = [head]
+    for output in response.outputs:
+        data = encode_raw(output.data)
+        parts += (_RAW_OUTPUT, _varint(len(data)), data)
+    return b"".join(parts)
+
+
+_heads: dict[tuple[Any, ...], bytes] = {}
+"""What an answer says of its tensors, before their bytes."""
+
+
+def _described(response: InferResponse, *, raw: bool) -> bytes:
+    """An answer's bytes, up to the raw ones."""
+    outputs = []
     for output in response.outputs:
         described: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
         if not raw:
@@ -176,7 +263,6 @@ def encode_infer(response: InferResponse, raw: bool) -> bytes:
         id=response.id or "",
         parameters={name: _parameter(value) for name, value in response.parameters.items()},
         outputs=outputs,
-        raw_output_contents=[encode_raw(output.data) for output in response.outputs] if raw else [],
     )
     encoded: bytes = answer.SerializeToString()
     return encoded

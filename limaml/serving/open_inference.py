@@ -6,15 +6,14 @@ Inference-Header-Content-Length says where the JSON ends (without it, all is JSO
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from limaml.serving.layouts import LAYOUTS_KEPT, LONGEST_KEPT, Layout
 from limaml.serving.raw import check_shape, decode_raw, encode_raw
 from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused, numpy_dtype
 
@@ -66,47 +65,21 @@ def decode_request(
     return request, raw
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Layout:
-    """What a JSON text says of the raw bytes behind it, checked: a client that asks again sends the same text."""
-
-    tensors: tuple[tuple[InferTensor, int, int], ...]  # one with these names and shapes, and where its bytes are
-    size: int
-    outputs: tuple[str, ...]
-    parameters: Mapping[str, Any]
-    raw: frozenset[str] | None
-
-    def request(self, model: str, version: str | None, tail: memoryview) -> InferRequest:
-        inputs = {}
-        for like, start, stop in self.tensors:
-            name, dtype = like.name, like.data.dtype
-            if dtype.kind in "iuf" and sys.byteorder == "little":
-                data = np.frombuffer(tail[start:stop], dtype).reshape(like.shape)
-                inputs[name] = InferTensor(name, like.datatype, like.shape, data)
-            else:  # whose bytes may be wrong
-                where = f"Input '{name[:80]}'"
-                inputs[name] = decode_raw(tail[start:stop], name, like.datatype, like.shape, where)
-        return InferRequest(model, version, None, inputs, self.outputs, dict(self.parameters))
-
-
-_layouts: dict[bytes, _Layout] = {}
-LAYOUTS_KEPT, LONGEST_KEPT = 256, 4096
+_layouts: dict[bytes, Layout] = {}
 
 
 def _keep(head: bytes, found: Mapping[str, Any], request: InferRequest, raw: frozenset[str] | None) -> None:
     """Remember the layout of a request whose tensors are all raw; the one known longest makes room."""
-    tensors, start = [], 0
+    places, start = [], 0
     for entry in found["inputs"]:
         size = (entry.get("parameters") or {}).get("binary_data_size")
         if size is None:
             return
-        tensor = request.inputs[entry["name"]]
-        like = InferTensor(tensor.name, tensor.datatype, tensor.shape, np.empty(0, tensor.data.dtype))
-        tensors.append((like, start, start + size))
+        places.append((start, start + size))
         start += size
     while len(_layouts) >= LAYOUTS_KEPT:
         _layouts.pop(next(iter(_layouts)))
-    _layouts[head] = _Layout(tuple(tensors), start, request.outputs, dict(request.parameters), raw)
+    _layouts[head] = Layout.of(request, places, raw)
 
 
 def _parts(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:

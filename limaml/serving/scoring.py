@@ -105,12 +105,14 @@ class Scorer:
 
     # ------------------------------------------------------------------------------------------------- one request
 
-    def ask(self, columns: Mapping[str, Column], rows: int) -> Asked:
+    def ask(self, columns: Mapping[str, Column], rows: int, *, checked: bool = False) -> Asked:
         """Check the columns of `rows` rows, each `[rows]` or `[1]` for all. `DataError` says what is wrong with them.
 
-        Features of a task type may be left out together: the store knows those of the tasks it knows.
+        Features of a task type may be left out together: the store knows those of the tasks it knows. `checked`: columns of these
+        names and types have been asked before.
         """
-        self.lookups.check(columns, ROW)
+        if not checked:
+            self.lookups.check(columns, ROW)
         ids = {name: columns[name] for name in self.cache.names}
         numbers = {lookup.feature.column: columns[lookup.feature.column] for lookup in self._numbers}
         return Asked(rows, ids, numbers, {task.name: self._ask_task(columns, task, rows) for task in self.schema.tasks})

@@ -290,38 +290,78 @@ class Service:
         begun = time.perf_counter()
         loaded = await self._find(request.model, request.version)
         try:
-            allowed = request.parameters.get("nan_is_missing") is True
-            columns = {
-                name: column_of_tensor(tensor, loaded.scorer, allowed) for name, tensor in request.inputs.items()
-            }
-            tensors = loaded.tensors
-            wanted = tensors.wanted(request.outputs)
-            rows = rows_of(columns, self.options.max_batch)
-            parameters = dict(request.parameters)
-            if any(name in tensors.deviations for name in wanted):
-                parameters["logit_sd"] = True
-            elif parameters.get("logit_sd") is True:
-                wanted = [*wanted, *tensors.deviations]
-            question = Question(columns, rows, request.version, request.id, parameters)
-            answer = await self.answer(question, loaded, begun)
+            question, wanted, asked = self._question(request, loaded)
+            answer = await self.answer(question, loaded, begun, asked)
+            return _response(request, answer, wanted, loaded)
         finally:
             self._done_with(loaded)
-        told: dict[str, Any] = {"store": "down"} if answer.store_down else {}
-        if answer.sampled:
-            told["sampled"] = True
-        outputs = tuple(InferTensor.of(name, tensors.output(name, answer)) for name in wanted)
-        return InferResponse(request.model, answer.version, request.id, outputs, told)
 
-    async def answer(self, question: Question, loaded: Loaded | None = None, begun: float | None = None) -> Answer:
-        """Scores of a question's rows, from `loaded` if that is the one its columns were made for."""
+    def begin(
+        self, request: InferRequest, done: Callable[[InferResponse | BaseException], None]
+    ) -> asyncio.Future[Answer] | None:
+        """`infer` without a task: `done` is told the response, or what `infer` would raise. Cancelling what is returned gives the
+        request up. None, and nothing is begun, where a version must be chosen or loaded first; what is wrong at once is raised."""
+        loaded = self._current
+        if loaded is None or self._draining or self.route is not None or request.model != self.model:
+            return None
+        if request.version not in (None, loaded.version):
+            return None
+        begun = time.perf_counter()
+        loaded.users += 1
+        try:
+            question, wanted, asked = self._question(request, loaded)
+            waiting = self._put(question, asked, loaded, begun)
+        except BaseException:
+            self._done_with(loaded)
+            raise
+
+        def finished(answer: asyncio.Future[Answer]) -> None:
+            found: InferResponse | BaseException
+            self._ended(waiting)
+            try:
+                found = _response(request, self._told(question, answer.result()), wanted, loaded)
+            except (Exception, asyncio.CancelledError) as error:
+                found = error
+            self._done_with(loaded)
+            done(found)
+
+        waiting.answer.add_done_callback(finished)
+        return waiting.answer
+
+    def _question(self, request: InferRequest, loaded: Loaded) -> tuple[Question, Sequence[str], Asked]:
+        """A request's question, the names of the outputs that answer it, and what is asked of the version."""
+        plan = loaded.plans.find(request)
+        if plan is not None and (found := plan.columns(request.inputs)) is not None:
+            question = Question(found, plan.rows, request.version, request.id, dict(plan.parameters))
+            return question, plan.wanted, loaded.scorer.ask(found, plan.rows, checked=True)
+        allowed = request.parameters.get("nan_is_missing") is True
+        columns = {name: column_of_tensor(tensor, loaded.scorer, allowed) for name, tensor in request.inputs.items()}
+        tensors = loaded.tensors
+        wanted = tensors.wanted(request.outputs)
+        rows = rows_of(columns, self.options.max_batch)
+        parameters = dict(request.parameters)
+        if any(name in tensors.deviations for name in wanted):
+            parameters["logit_sd"] = True
+        elif parameters.get("logit_sd") is True:
+            wanted = [*wanted, *tensors.deviations]
+        question = Question(columns, rows, request.version, request.id, parameters)
+        asked = _asked(question, loaded)
+        loaded.plans.keep(request, question, wanted)
+        return question, wanted, asked
+
+    async def answer(
+        self,
+        question: Question,
+        loaded: Loaded | None = None,
+        begun: float | None = None,
+        asked: Asked | None = None,
+    ) -> Answer:
+        """Scores of a question's rows, from `loaded` if that is the one its columns, and what is `asked`, were made for."""
         if loaded is None:
             async with self.using(question.version) as found:
                 return await self.answer(question, found, begun)
-        refuse_partial(question.columns, loaded.scorer)
-        try:
-            asked = loaded.scorer.ask(question.columns, question.rows)
-        except DataError as error:
-            raise Refused(400, str(error)) from error
+        if asked is None:
+            asked = _asked(question, loaded)
         if self.route is not None and question.version is None:
             version = self.route(question, asked)
             if version is not None and version != loaded.version:
@@ -350,31 +390,44 @@ class Service:
             self._done_with(other)
 
     async def _enqueue(self, question: Question, asked: Asked, loaded: Loaded, begun: float | None) -> Answer:
+        waiting = self._put(question, asked, loaded, begun)
+        try:
+            answer = await waiting.answer
+        finally:
+            self._ended(waiting)
+        return self._told(question, answer)
+
+    def _put(self, question: Question, asked: Asked, loaded: Loaded, begun: float | None) -> Waiting:
+        """Have a question scored in a batch; `_ended` is called once it was, or is given up."""
         options, metrics, sampling = self.options, self.metrics, sampling_of(question.parameters)
         if len(self._waiting) >= options.queue:
             metrics.rejected.labels("queue").inc()
             raise Refused(503, f"{options.queue} requests wait already; ask again in a moment.", retry_after=1)
         loop, now = asyncio.get_running_loop(), time.perf_counter()
-        waiting = Waiting(question, asked, loaded, loop.create_future(), now, sampling)
+        answer = loop.create_future()
+        alarm = loop.call_later(options.timeout, self._too_late, answer)
+        waiting = Waiting(question, asked, loaded, answer, now, sampling, alarm)
         if begun is not None:
             metrics.decode.observe(now - begun)
         self._waiting.append(waiting)
         self._in_flight += 1
         self._score_soon()
-        alarm = loop.call_later(options.timeout, self._too_late, waiting)
-        try:
-            answer = await waiting.answer
-        finally:
-            alarm.cancel()
-            self._in_flight -= 1
+        return waiting
+
+    def _ended(self, waiting: Waiting) -> None:
+        waiting.alarm.cancel()
+        self._in_flight -= 1
+
+    def _told(self, question: Question, answer: Answer) -> Answer:
+        """An answer that all observers were told of."""
         for observe in self.observers:
             observe(question, answer)
         return answer
 
-    def _too_late(self, waiting: Waiting) -> None:
-        if not waiting.answer.done():
+    def _too_late(self, answer: asyncio.Future[Answer]) -> None:
+        if not answer.done():
             self.metrics.rejected.labels("timeout").inc()
-            waiting.answer.set_exception(
+            answer.set_exception(
                 Refused(
                     504,
                     f"The request was not answered within {self.options.timeout:g} s. Send fewer rows, or ask later.",
@@ -443,6 +496,22 @@ class Service:
             rows += one.asked.rows if fits else 0
         self._waiting = left
         return batch
+
+
+def _asked(question: Question, loaded: Loaded) -> Asked:
+    refuse_partial(question.columns, loaded.scorer)
+    try:
+        return loaded.scorer.ask(question.columns, question.rows)
+    except DataError as error:
+        raise Refused(400, str(error)) from error
+
+
+def _response(request: InferRequest, answer: Answer, wanted: Sequence[str], loaded: Loaded) -> InferResponse:
+    told: dict[str, Any] = {"store": "down"} if answer.store_down else {}
+    if answer.sampled:
+        told["sampled"] = True
+    outputs = tuple(InferTensor.of(name, loaded.tensors.output(name, answer)) for name in wanted)
+    return InferResponse(request.model, answer.version, request.id, outputs, told)
 
 
 def _let_others_run() -> None:

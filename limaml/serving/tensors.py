@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from limaml.serving.layouts import Layout
 
 __all__ = [
     "DATATYPES",
@@ -93,7 +96,8 @@ class InferTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InferRequest:
-    """`version` None is the one that is current; `outputs` empty are the usual ones."""
+    """`version` None is the one that is current; `outputs` empty are the usual ones. `layout` is one for all requests that differ in
+    nothing but the values of their tensors, where that is known."""
 
     model: str
     version: str | None
@@ -101,6 +105,7 @@ class InferRequest:
     inputs: Mapping[str, InferTensor]
     outputs: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from limaml.meta.model import MetaModel
 from limaml.meta.saved import load_model
 from limaml.serving.columns import Column
 from limaml.serving.described import Described
+from limaml.serving.plans import Plans
 from limaml.serving.scoring import DEFAULT_CACHE_BYTES, Scorer
 from limaml.store.contract import Reader, Store, Version
 from limaml.types import ROW
@@ -36,6 +37,7 @@ class Loaded:
         self.described, self.reader, self.scorer = described, reader, scorer
         self.version = described.id
         self.tensors = Described(scorer, reader)
+        self.plans = Plans(scorer)
         self.on_a_clock = described.extra.get("time_unit") == "us"
         self.users = 0
         self.retired = False

@@ -26,8 +26,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from limaml.errors import ConfigError
+from limaml.serving import grpc_messages
 from limaml.serving.grpc import GrpcServer
-from limaml.serving.grpc_messages import message
+from limaml.serving.grpc_messages import decode_infer, message
 from limaml.serving.metrics import Metrics
 from limaml.serving.service import Service
 from limaml.serving.tensors import (
@@ -472,3 +473,63 @@ def test_a_port_in_use_is_said(running: Running) -> None:
 
     with pytest.raises(ConfigError, match=f"cannot listen on {running.address}"):
         running.do(second())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["INT64", "FP32", "BYTES", "BOOL"]), st.integers(0, 40)), min_size=1, max_size=4
+    ),
+    st.data(),
+)
+def test_a_message_seen_before_is_read_the_same(tensors: list[tuple[str, int]], data: st.DataObject) -> None:
+    request = message("inference.ModelInferRequest")
+
+    def one() -> bytes:
+        found = request(model_name="m", model_version=version)
+        for place, (kind, rows) in enumerate(tensors):
+            found.inputs.add(name=f"x{place}", datatype=kind, shape=[rows])
+            size = {"INT64": 8, "FP32": 4, "BYTES": 5, "BOOL": 1}[kind]
+            raw = data.draw(st.binary(min_size=size * rows, max_size=size * rows))
+            if kind == "BYTES":
+                raw = b"".join(b"\x01\0\0\0" + raw[5 * row : 5 * row + 1] for row in range(rows))
+            found.raw_input_contents.append(raw if kind != "BOOL" else bytes(byte & 1 for byte in raw))
+        found.outputs.add(name="score")
+        found.parameters["nan_is_missing"].bool_param = True
+        return bytes(found.SerializeToString())
+
+    version = data.draw(st.sampled_from(["", "7"]))
+    for raw in (one(), one()):
+        grpc_messages._layouts.clear()
+        wanted, _ = decode_infer(raw)
+        grpc_messages._layouts.clear()
+        decode_infer(one())
+        assert len(grpc_messages._layouts) == 1
+        found, as_raw = decode_infer(raw)
+        assert len(grpc_messages._layouts) == 1 and as_raw
+        assert (found.model, found.version, found.outputs, dict(found.parameters)) == (
+            wanted.model, wanted.version, wanted.outputs, dict(wanted.parameters)
+        )  # fmt: skip
+        assert list(found.inputs) == list(wanted.inputs)
+        for name, tensor in wanted.inputs.items():
+            assert (found.inputs[name].datatype, found.inputs[name].shape) == (tensor.datatype, tensor.shape)
+            assert found.inputs[name].data.tobytes() == tensor.data.tobytes() or tensor.datatype == "BYTES"
+            assert tensor.datatype != "BYTES" or found.inputs[name].data.tolist() == tensor.data.tolist()
+
+
+def test_a_message_that_hides_its_contents_is_parsed_each_time() -> None:
+    """Contents first, and behind them an unknown field that holds a copy of them."""
+    found = message("inference.ModelInferRequest")(model_name="m", raw_input_contents=[b"\x01\0\0\0"])
+    found.inputs.add(name="x", datatype="INT32", shape=[1])
+    tail = b"\x3a\x04\x01\0\0\0"
+    whole = found.SerializeToString() + b"\xfa\x01" + bytes([len(tail)]) + tail
+    grpc_messages._layouts.clear()
+    for last in (b"\x01\0\0\0", b"\x02\0\0\0"):
+        request, _ = decode_infer(whole[:-4] + last)
+        assert request.inputs["x"].data.tolist() == [1] and not grpc_messages._layouts
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_lengths_are_written_as_protobuf_writes_them(number: int) -> None:
+    found = message("inference.InferParameter")(uint64_param=number).SerializeToString()
+    assert found[-len(grpc_messages._varint(number)) :] == grpc_messages._varint(number)
