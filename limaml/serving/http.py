@@ -11,8 +11,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Literal, Protocol
 from urllib.parse import unquote_to_bytes
 
 from limaml.serving.bodies import SECONDS, Gone, Receive, read_body
@@ -21,7 +21,7 @@ from limaml.serving.score_api import OPEN, make_api, refused_response
 from limaml.serving.service import Service
 from limaml.serving.tensors import Refused
 
-__all__ = ["HttpApp"]
+__all__ = ["INFER", "HttpApp", "Told", "access", "infer_headers", "new_identity", "percent_decoded"]
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -73,8 +73,8 @@ class HttpApp:
             infer = INFER.fullmatch(path.partition(b"?")[0])
             if infer is None:
                 endpoint = _endpoint(scope["path"])
-            if self._token is not None and scope["path"] not in OPEN:
-                self._admit(headers.get(b"authorization", b""))
+            if scope["path"] not in OPEN and not self.admits(headers):
+                raise Refused(401, "This server wants its token: send the header 'Authorization: Bearer TOKEN'.")
             body = await read_body(receive, headers, self.max_body, self.body_seconds)
             with _Watched(receive, answer, self._waiting):
                 if infer is not None and scope["method"] == "POST":
@@ -92,25 +92,24 @@ class HttpApp:
         except Exception:
             access.exception("A request failed.", extra={"request_id": identity})
             await answer.refuse(Refused(500, f"The server failed at this request; its log says why at {identity}."))
-        self._note(endpoint, scope, answer, time.perf_counter() - begun)
+        self.note(endpoint, scope, answer, time.perf_counter() - begun)
 
-    def _admit(self, given: bytes) -> None:
-        kind, _, token = given.partition(b" ")
-        if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token or b""):
-            raise Refused(401, "This server wants its token: send the header 'Authorization: Bearer TOKEN'.")
+    def admits(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether who sends these headers may ask."""
+        if self._token is None:
+            return True
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        return kind.lower() == b"bearer" and hmac.compare_digest(token.strip(), self._token)
 
     async def _infer(self, path: re.Match[bytes], headers: dict[bytes, bytes], body: bytes, answer: _Answer) -> None:
-        model, version = _text(path[1]), None if path[2] is None else _text(path[2])
+        model, version = percent_decoded(path[1]), None if path[2] is None else percent_decoded(path[2])
         length = headers.get(b"inference-header-content-length")
         request, raw = decode_request(model, version, body, None if length is None else length.decode("latin-1"))
-        response = await self.service.infer(request)
-        found, json_length = encode_response(response, raw)
-        own = [(b"content-type", b"application/json" if json_length is None else b"application/octet-stream")]
-        if json_length is not None:
-            own.append((b"inference-header-content-length", b"%d" % json_length))
-        await answer.whole(200, own, found)
+        found, json_length = encode_response(await self.service.infer(request), raw)
+        await answer.whole(200, infer_headers(json_length), found)
 
-    def _note(self, endpoint: str, scope: Scope, answer: _Answer, seconds: float) -> None:
+    def note(self, endpoint: str, scope: Mapping[str, Any], answer: Told, seconds: float) -> None:
+        """Count and log a request."""
         counted = self._counted.get((endpoint, answer.status))
         if counted is None:
             metrics = self.service.metrics
@@ -133,6 +132,14 @@ class HttpApp:
                     "error": answer.error,
                 },
             )
+
+
+class Told(Protocol):
+    """What a request was answered with."""
+
+    identity: str
+    status: int
+    error: str | None
 
 
 class _Answer:
@@ -228,7 +235,20 @@ class _Watched:
 
 def _identity(given: bytes | None) -> str:
     """The caller's id of the request, if it can be written into a log and a header; else a new one."""
-    return given.decode() if given is not None and _ID.fullmatch(given) else secrets.token_hex(8)
+    return given.decode() if given is not None and _ID.fullmatch(given) else new_identity()
+
+
+def new_identity() -> str:
+    """For a request that came without an id."""
+    return secrets.token_hex(8)
+
+
+def infer_headers(json_length: int | None) -> list[tuple[bytes, bytes]]:
+    """Headers of a body that `encode_response` made."""
+    if json_length is None:
+        return [(b"content-type", b"application/json")]
+    length = b"%d" % json_length
+    return [(b"content-type", b"application/octet-stream"), (b"inference-header-content-length", length)]
 
 
 def _endpoint(path: str) -> str:
@@ -238,7 +258,7 @@ def _endpoint(path: str) -> str:
     return "health" if path.startswith("/v2/health/") else _ENDPOINTS.get(path, "other")
 
 
-def _text(part: bytes) -> str:
+def percent_decoded(part: bytes) -> str:
     try:
         return unquote_to_bytes(part).decode()
     except UnicodeDecodeError:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import uvicorn
 
 from limaml.errors import ConfigError
+from limaml.serving.direct import direct_protocol
 from limaml.serving.http import HttpApp
 from limaml.serving.service import Service
 
@@ -75,9 +76,11 @@ async def serve(service: Service, listening: Listening, announce: Callable[[str,
 
 
 def _config(service: Service, listening: Listening) -> uvicorn.Config:
-    app: Any = HttpApp(service, token=listening.token, max_body=listening.max_body, log=listening.log)
+    app = HttpApp(service, token=listening.token, max_body=listening.max_body, log=listening.log)
+    asgi: Any = app
     return uvicorn.Config(
-        app,
+        asgi,
+        http=direct_protocol(app),
         lifespan="off",
         log_config=None,
         access_log=False,
