@@ -200,6 +200,6 @@ def test_a_process_ends_and_a_disk_is_full_where_they_should(world: World, born:
     assert born.run("embed", run, at=whole.seen // 2, how=KILL).killed
     assert born.run("embed", run, at=10**6, how=KILL).code == 0
     full = born.run("embed", run, at=3, how=FULL)
-    assert full.code == 2 and "is full" in full.said, full
+    assert full.code == 2 and "No space left" in full.said, full
     listed = born.do("store", "list", run, clock=-40 * 86400)
     assert listed.count(MODEL) >= 2
