@@ -48,7 +48,8 @@ class PackedInteraction:
         self._first, self._tail = len(block.first_bias), len(block.first_bias) + block.heads * block.factors
         linears = [layer for layer in block.mlp if isinstance(layer, nn.Linear)]
         self._layers = [(layer.weight.T.contiguous(), layer.bias.clone()) for layer in linears]
-        self._dtype = block.bias.numpy().dtype
+        self.dtype = block.bias.numpy().dtype
+        self.width = self._tail + block.heads
         self._numbers = self._numbers_of(block)
         self._products: dict[tuple[str, ...], Array] = {}
         sides = zip(block.embeddings, block.deep_of, block.factor_of, block.wide_of, strict=True)
@@ -74,7 +75,7 @@ class PackedInteraction:
     def encode(self, features: Features) -> Parts:
         """The share of these features, `[n, width]`."""
         numbers = tuple(name for name in self._numbers if name in features)
-        packed = self._product(numbers, features) if numbers else None
+        packed = self._share_of_numbers(numbers, features) if numbers else None
         if len(numbers) < len(features):
             rest = {name: values for name, values in features.items() if name not in self._numbers}
             linear, first, factors, squares = self._block.encode(rest)
@@ -83,27 +84,25 @@ class PackedInteraction:
                 packed = more if packed is None else packed + more
         return (packed,)
 
-    def _product(self, names: tuple[str, ...], features: Features) -> Tensor:
-        x = np.empty((len(features[names[0]]), len(names)), self._dtype)
+    def _share_of_numbers(self, names: tuple[str, ...], features: Features) -> Tensor:
+        s = len(names)
+        x = np.empty((len(features[names[0]]), 2 * s), self.dtype)
         for place, name in enumerate(names):
             x[:, place] = features[name].numpy()[:, 0]
-        return torch.from_numpy(self.numbers(names, x))
+        np.square(x[:, :s], out=x[:, s:])
+        return torch.from_numpy(x @ self.product(names))
 
     def takes(self, names: Sequence[str]) -> bool:
-        """Whether these features are single numbers, as `numbers` needs them."""
+        """Whether these features are single numbers, as `product` needs them."""
         return all(name in self._numbers for name in names)
 
-    def numbers(self, names: tuple[str, ...], x: Array) -> Array:
-        """The share `[n, width]` of encoded numbers `x` `[n, names]`."""
+    def product(self, names: tuple[str, ...]) -> Array:
+        """What numbers, side by side with their squares, are multiplied by to give their share: `[2 · names, width]`."""
         product = self._products.get(names)
         if product is None:
             rows = [self._numbers[name] for name in names]
             product = self._products[names] = np.stack([row[power] for power in (0, 1) for row in rows])
-        powers = np.empty((len(x), 2 * len(names)), product.dtype)
-        powers[:, : len(names)] = x
-        np.square(powers[:, : len(names)], out=powers[:, len(names) :])
-        share: Array = powers @ product
-        return share
+        return product
 
     def condition(self, embeddings: Features) -> Parts:
         """The share of these meta embeddings, `[k, width]`: the first task type's has the biases."""

@@ -174,7 +174,7 @@ class RowCache:
         )
 
     def _places_of_integers(self, asked: Sequence[tuple[Mapping[str, Column], int]]) -> NDArray[np.int64]:
-        ids = [_joined([_spread(columns[name], count) for columns, count in asked]) for name in self.names]
+        ids = [_joined([(columns[name].array, count) for columns, count in asked]) for name in self.names]
         places = self._slots.find(ids)
         unknown = (places < 0).nonzero()[0]
         if len(unknown):
@@ -221,17 +221,12 @@ class RowCache:
         self._used += count
 
 
-def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+def _joined(given: Sequence[tuple[NDArray[Any] | None, int]]) -> NDArray[np.int64]:
+    """Arrays one after the other, each for so many rows."""
+    arrays = [array if array is None or len(array) == rows else np.repeat(array, rows) for array, rows in given]
+    joined: NDArray[Any] = np.concatenate(arrays)  # type: ignore[arg-type]
+    return joined if joined.dtype == np.int64 else joined.astype(np.int64)
 
 
 def _is_integer(column: Column) -> bool:
     return column.array is not None and column.kind == "Int64"
-
-
-def _spread(column: Column, rows: int) -> NDArray[np.int64]:
-    array = column.array
-    assert array is not None
-    if len(array) != rows:
-        array = np.repeat(array, rows)
-    return array if array.dtype == np.int64 else array.astype(np.int64)

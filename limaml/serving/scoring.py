@@ -10,9 +10,8 @@ The block that ships is packed for this (`PackedInteraction`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from limaml.meta.saved import TrainedModel
 from limaml.meta.scorer import calling, gather_parts
 from limaml.serving.columns import Column, Lookup, Lookups, joined, keys_of
 from limaml.serving.packed import PackedInteraction
+from limaml.serving.packed_batch import PackedBatch
 from limaml.serving.row_cache import RowCache
 from limaml.store.contract import Reader
 from limaml.types import ROW, CutBlock, FeatureKind, Features, Parts, embedding_name
@@ -69,9 +69,12 @@ class Entries:
 
 
 class Scorer:
-    """Scores with one trained model; versions that share it share this. One thread at a time."""
+    """Scores with one trained model; versions that share it share this. One thread at a time.
 
-    def __init__(self, trained: TrainedModel, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    `packed` False: the model's own block is run also where it could be packed.
+    """
+
+    def __init__(self, trained: TrainedModel, *, cache_bytes: int = DEFAULT_CACHE_BYTES, packed: bool = True) -> None:
         self.trained, self.model, self.schema = trained, trained.model, trained.encoder.schema
         self.lookups = Lookups(trained.encoder)
         self._dtype, self._device = trained.model.dtype, trained.model.device
@@ -91,17 +94,15 @@ class Scorer:
         self.not_negative = {name for name in named if not self.lookups.has_negative(name)}
         elsewhere = self.keys | {lookup.feature.column for lookup in self.lookups.on(ROW)}
         self.together = {task: own - elsewhere for task, own in self._own.items()}  # are sent all or none
-        self.packed = PackedInteraction.of(self.model.global_block)
-        self._plain = self._plain_numbers()
+        self.packed = PackedInteraction.of(self.model.global_block) if packed else None
         self._binary = not bool(self.model.losses.squared.any())
-        self.cache = RowCache([lookup.feature.column for lookup in self._ids], self._encode_ids, cache_bytes)
-
-    def _plain_numbers(self) -> tuple[tuple[str, ...], list[tuple[str, Callable[[NDArray[Any]], bool]]]] | None:
-        """Names of the row's numbers, their columns and how they are scaled, where each is a single number."""
-        names = tuple(lookup.feature.name for lookup in self._numbers)
-        scales = [(lookup.feature.column, scale) for lookup in self._numbers if (scale := lookup.scale_of_one())]
-        plain = self.packed is not None and self.packed.takes(names) and len(scales) == len(names)
-        return (names, scales) if plain and self._dtype == torch.float32 else None
+        names = [lookup.feature.column for lookup in self._ids]
+        if self.schema.row in names:  # what tells most rows apart comes first
+            names.sort(key=lambda name: name != self.schema.row)
+        self.cache = RowCache(names, self._encode_ids, cache_bytes)
+        self._batch = None
+        if self.packed is not None:
+            self._batch = PackedBatch(self.packed, self.cache, self._numbers, self._encode_numbers, self._on_device)
 
     # ------------------------------------------------------------------------------------------------- one request
 
@@ -194,47 +195,11 @@ class Scorer:
     ) -> Tensor:
         """Logits `[n, heads]` of all rows of a batch; `embeddings` (task type → `[k, dim]`) in place of the entries'."""
         z = {task: one.z for task, one in entries.items()} if embeddings is None else embeddings
-        if self.packed is not None and any(one.rows for one in asked):
+        if self._batch is not None and any(one.rows for one in asked):
             with torch.inference_mode(), full("cpu"):
-                return torch.from_numpy(self._packed(self.packed, asked, entries, z))
+                return torch.from_numpy(self._batch.logits(asked, entries, z))
         with torch.no_grad():
             return self._called(asked, entries, z)
-
-    def _packed(
-        self, packed: PackedInteraction, asked: Sequence[Asked], entries: Mapping[str, Entries], z: Mapping[str, Tensor]
-    ) -> NDArray[Any]:
-        rows = self.cache.rows([(one.ids, one.rows) for one in asked]) if self._ids else None
-        if self._numbers:
-            rows = _added(rows, self._packed_numbers(packed, asked))
-        for task, one in entries.items():
-            own = packed.share(embedding_name(task), z[task].numpy())
-            if one.table:
-                own += packed.encode(self._on_device(one.table))[0].numpy()  # type: ignore[union-attr]
-            rows = _added(rows, own.take(one.owner.numpy(), 0))
-        assert rows is not None
-        return packed.logits(rows)
-
-    def _packed_numbers(self, packed: PackedInteraction, asked: Sequence[Asked]) -> NDArray[Any]:
-        """The share of the numbers of all rows of a batch."""
-        if self._plain is not None:
-            names, scales = self._plain
-            x, row = np.empty((sum(one.rows for one in asked), len(names))), 0
-            for one in asked:
-                for place, (column, _) in enumerate(scales):
-                    array = one.numbers[column].array
-                    if array is None or array.ndim > 1:
-                        break
-                    x[row : row + one.rows, place] = array
-                else:
-                    row += one.rows
-                    continue
-                break
-            if row == len(x) and all(scale(x[:, place]) for place, (_, scale) in enumerate(scales)):
-                return packed.numbers(names, x.astype(np.float32))
-        share = packed.encode(self._on_device(self._encode_numbers(asked)))[0]
-        assert share is not None
-        found: NDArray[Any] = share.numpy()
-        return found
 
     def differentiable(self, asked: Sequence[Asked], entries: Mapping[str, Entries]) -> Tensor:
         """`logits`, for who needs their slopes by the entries' embeddings."""
@@ -325,11 +290,6 @@ class Scorer:
             name: values.to(self._device, self._dtype if values.is_floating_point() else None)
             for name, values in features.items()
         }
-
-
-def _added(rows: NDArray[Any] | None, more: NDArray[Any]) -> NDArray[Any]:
-    """Their sum, made in `rows`."""
-    return more if rows is None else np.add(rows, more, out=rows)
 
 
 def _owner(given: Sequence[AskedTask], asked: Sequence[Asked]) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from limaml.interactions import Encoder, Feature, task_keys
 from limaml.interactions.codecs import fit_codec
 from limaml.meta.saved import TrainedModel
 from limaml.serving.columns import Column, Lookup, columns_of, keys_of
+from limaml.serving.packed_batch import FEW
 from limaml.serving.row_cache import RowCache
 from limaml.serving.scoring import Scorer
 from limaml.store.contract import Reader
@@ -85,13 +86,15 @@ def test_a_block_of_ones_own_scores_as_the_one_that_ships(served: tuple[TrainedM
     trained, reader, made = served
     frames = made.frame.slice(0, 20), made.frame.slice(50, 30)
     wanted = logits(Scorer(trained), reader, *frames)
-    cut = Scorer(trained)
-    cut.packed = None
+    cut = Scorer(trained, packed=False)
     np.testing.assert_allclose(logits(cut, reader, *frames), wanted, atol=1e-6)
     asked = [cut.ask(columns_of(frame, cut.columns), frame.height) for frame in frames]
     with torch.no_grad():
         whole = cut.differentiable(asked, cut.look_up(reader, asked))
     np.testing.assert_allclose(whole.numpy(), wanted, atol=1e-6)
+    assert made.frame["user_id"].n_unique() > FEW  # of more tasks the shares are gathered, and not added by the product
+    wanted = logits(Scorer(trained), reader, *frames, made.frame)
+    np.testing.assert_allclose(logits(cut, reader, *frames, made.frame), wanted, atol=1e-6)
 
 
 def test_a_batch_of_requests_scores_as_each_alone(served: tuple[TrainedModel, Reader, Small]) -> None:
