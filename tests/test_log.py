@@ -297,13 +297,15 @@ def test_two_appenders_take_turns_or_one_says_so(tmp_path: Path) -> None:
 
 
 # the package's table of contents brings torch, which the log does not need: left out, the process starts at once
-APPENDER = """
+BARE = """
 import importlib.util, sys, types, polars as pl
 root = importlib.util.find_spec("limaml").submodule_search_locations[0]
 for name, folder in (("limaml", root), ("limaml.interactions", root + "/interactions")):
     package = types.ModuleType(name)
     package.__path__ = [folder]
     sys.modules[name] = package
+"""
+APPENDER = """
 from limaml.interactions.log import InteractionLog
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 log = InteractionLog(folder, "user_id", buckets=4)
@@ -313,12 +315,17 @@ for n in range(first, last):
 """
 
 
-def start_appender(folder: Path, first: int, last: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", APPENDER, str(folder), str(first), str(last)]
+def start_bare(script: str, *arguments: object) -> subprocess.Popen[bytes]:
+    """A script that says when it is ready, in a process of its own that has `pl` and `sys`."""
+    command = [sys.executable, "-c", BARE + script, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     return process
+
+
+def start_appender(folder: Path, first: int, last: int) -> subprocess.Popen[bytes]:
+    return start_bare(APPENDER, folder, first, last)
 
 
 def test_two_processes_lose_nothing(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 
 from limaml.errors import DataError
 from limaml.interactions.log import InteractionLog
+from tests.test_log import start_bare
 
 
 def batch(first: int, rows: int, tasks: int = 7) -> pl.DataFrame:
@@ -156,12 +155,6 @@ def test_a_damaged_list_of_forgotten_tasks_stops_appends(tmp_path: Path) -> None
 
 
 FOLDER = """
-import importlib.util, random, sys, types, polars as pl
-root = importlib.util.find_spec("limaml").submodule_search_locations[0]
-for name, folder in (("limaml", root), ("limaml.interactions", root + "/interactions")):
-    package = types.ModuleType(name)
-    package.__path__ = [folder]
-    sys.modules[name] = package
 from limaml.interactions.log import InteractionLog
 log = InteractionLog(sys.argv[1], "user_id", buckets=3)
 print("ready", flush=True)
@@ -179,9 +172,7 @@ def test_killed_while_it_streams_and_folds(tmp_path: Path) -> None:
     lottery = random.Random(5)
     seen = 0
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", FOLDER, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
+        process = start_bare(FOLDER, tmp_path)
         reader = InteractionLog(tmp_path, "user_id", 3)
         end = time.monotonic() + lottery.uniform(0.02, 0.3)
         while time.monotonic() < end:  # a reader beside it sees whole appends, though files are folded away

@@ -1,4 +1,4 @@
-"""`limaml data`: public data sets by name, a first look at a table, and the upkeep of a run's log."""
+"""`limaml data`: public data sets by name, and a first look at a table."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from limaml.cli.console import console, heading, say
-from limaml.cli.workspace import Workspace
 from limaml.errors import ConfigError
 from limaml.interactions import catalog, read_table
 from limaml.interactions.published import PUBLISHED, convert
 
 __all__ = ["data_app"]
 
-data_app = App(name="data", help="Public data sets by name, a first look at a table, and the upkeep of a run's log.")
+data_app = App(name="data", help="Public data sets by name, and a first look at a table.")
 
 
 @data_app.command(name="list")
@@ -109,14 +108,3 @@ def describe(files: list[Path], /) -> None:
             cells = (column, str(values.dtype), f"{values.n_unique():,}", f"{values.null_count():,}", examples)
             table.add_row(*map(escape, cells))
         console.print(table)
-
-
-@data_app.command
-def compact(folder: Path, /) -> None:
-    """Fold the small files of a run's log into few; no interaction changes. A stream does it by itself, now and then.
-
-    `limaml data compact runs/mine`
-    """
-    place = Workspace(folder)
-    done = place.log(place.schema).compact()
-    say([f"{done.before} files are {done.after} now; {done.rows:,} rows were written again."])

@@ -16,6 +16,7 @@ remembers the number that it has come to (`since`).
 
 from __future__ import annotations
 
+import datetime as dt
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +35,7 @@ from limaml.interactions.log_compact import folded, without
 from limaml.interactions.log_files import APPEND, LogFiles, bucket_of_key, task_bucket
 from limaml.interactions.log_ids import wanted_ids
 from limaml.interactions.log_manifest import File, Manifest, read_manifest, write_manifest
+from limaml.interactions.log_retain import Retained, Retention, TimeUnit, cut
 from limaml.interactions.log_sources import batches, found_sources, local_file, refuse_unreadable
 from limaml.interactions.tombstones import Tombstone, named, read_tombstones, write_tombstones
 
@@ -97,7 +99,7 @@ class InteractionLog:
         else:
             raise ConfigError(
                 f"There is no log in {self.folder} yet. To make one, say which columns name a task: "
-                "InteractionLog(folder, task_columns=['user_id'])."
+                "InteractionLog(folder, task_columns=['user_id']), or limaml log append FOLDER SOURCE --task user_id."
             )
         self._files = LogFiles(self.folder, self.task_columns, self.bucket_count)
         self._tidy = False  # whether this process has looked for what others left
@@ -127,6 +129,10 @@ class InteractionLog:
     def id(self) -> str:
         """What tells this log from any other one; empty before the first append."""
         return self._load().id
+
+    def contents(self) -> Manifest:
+        """What is in the log now: its files, its sources, the types of its columns."""
+        return self._load()
 
     @property
     def tails(self) -> int:
@@ -185,14 +191,14 @@ class InteractionLog:
         wait_s: float = WAIT_S,
         batch_rows: int = BATCH_ROWS,
         buffer_bytes: int = BUFFER_BYTES,
-        progress: Callable[[str, Appended, int, int], None] | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
     ) -> dict[str, Appended]:
         """Append many files, each exactly once by its content: what each of them did.
 
         A source is a Parquet or CSV file, a folder of such files, a glob, or a URL of one of these that fsspec reads
         (`s3://bucket/clicks/`; extra `remote`). About `buffer_bytes` of rows are in memory, whatever the files' sizes and
         number; small files share the files of the log. Killed, it has taken in some of the sources, each whole or not at all:
-        the same call goes on. Called back is `progress(source, appended, done, total)`, when a source was read.
+        the same call goes on. Called back is `progress(rows, done, total)`: rows read so far, and sources.
 
         Raises as `append` does. Files here that are missing or cut off are all named before any is taken; of another fault
         the sources before it are taken in, and the message says how many these are.
@@ -200,13 +206,23 @@ class InteractionLog:
         names = found_sources(sources)
         refuse_unreadable(names)
         done: dict[str, Appended] = {}
+        rows = 0
+
+        def told(frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+            nonlocal rows
+            for frame in frames:
+                yield frame
+                rows += frame.height
+                if progress is not None:
+                    progress(rows, len(done), len(names))
+
         with self._writing(wait_s, tidy=True) as manifest:
             appending = Appending(self._files, manifest, buffer_bytes)
             for name in names:
                 try:
                     with self._local(name) as here:
                         frames = batches(here, _positive(batch_rows), appending.known, name)
-                        done[name] = appending.take(frames, name, None, None)
+                        done[name] = appending.take(told(frames), name, None, None)
                 except DataError as error:
                     appending.flush()
                     if not done:
@@ -215,9 +231,9 @@ class InteractionLog:
                         f"{error}\nThe {len(done)} of {len(names)} sources before it were taken in. Put this one right and "
                         "give all of them again: what is in the log adds nothing."
                     ) from error
-                if progress is not None:
-                    progress(name, done[name], len(done), len(names))
             appending.flush()
+        if progress is not None:
+            progress(rows, len(done), len(names))
         return done
 
     def _local(self, source: str) -> AbstractContextManager[Path]:
@@ -286,14 +302,70 @@ class InteractionLog:
         """Fold small files, and a stream's tails, into the buckets. No row and no order changes; killed at any moment it
         leaves the old files or the new ones."""
         with self._writing(wait_s, tidy=True) as manifest:
+            return self._compact(manifest)[1]
+
+    def _compact(self, manifest: Manifest) -> tuple[Manifest, Compacted]:
+        before, rows = len(manifest.files), 0
+        while True:
             files = folded(self._files, manifest)
-            fresh = [file for file in files if file not in manifest.files]
-            if fresh:
-                self._files.sync_folders(fresh)
-                manifest_now = manifest.with_files(files)
-                write_manifest(self._manifest_path, manifest_now)
-                self._files.remove_unnamed(manifest_now)
-            return Compacted(len(manifest.files), len(files), sum(file.rows for file in fresh))
+            rows += sum(file.rows for file in set(files) - set(manifest.files))
+            manifest = self._replace(manifest, manifest.files, files)
+            if not manifest.tails:
+                return manifest, Compacted(before, len(files), rows)
+
+    def _replace(self, manifest: Manifest, old: Sequence[File], new: Sequence[File]) -> Manifest:
+        """Name the files `new` in place of `old`, in one step; then these are removed."""
+        before, after = set(old), set(new)
+        fresh, gone = after - before, before - after
+        if not fresh and not gone:
+            return manifest
+        self._files.sync_folders(fresh)
+        manifest = manifest.with_files([*(file for file in manifest.files if file not in before), *new])
+        write_manifest(self._manifest_path, manifest)
+        self._files.remove(gone)
+        return manifest
+
+    def retain(
+        self,
+        time: str,
+        *,
+        newer_than: dt.timedelta | None = None,
+        last: int | None = None,
+        now: dt.datetime | None = None,
+        unit: TimeUnit | None = None,
+        dry_run: bool = False,
+        wait_s: float = WAIT_S,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Retained:
+        """Remove for good what is too old, and what is beyond each task's `last` rows; a row stays if both rules keep it.
+
+        `time` is the column of event times; of rows with one time the later appended are the newer. `newer_than` counts back
+        from `now` (default: the clock); a column of integers needs the `unit` they count since 1970. The sources stay known,
+        so that handing them in again brings nothing back. Bucket by bucket, each in one step, in the memory of one bucket's
+        times and one file: killed at any moment, the same call goes on. With `dry_run` nothing is removed, only counted.
+        Called back is `progress(done, total)`, with numbers of buckets.
+
+        Raises `ConfigError` for settings that make no sense, and `DataError` if a time is missing or if nothing at all would
+        be newer, which a wrong unit would look like. Nothing is then changed.
+        """
+        rule = Retention(time, self.task_columns, newer_than, last, now, unit)
+        with self._writing(wait_s, tidy=True) as manifest:
+            rule.check(self._files, manifest)
+            if not dry_run:
+                manifest, _ = self._compact(manifest)
+            rows, removed = sum(file.rows for file in manifest.files), 0
+            for bucket in range(self.bucket_count if rows else 0):
+                own = [file for file in manifest.files if file.bucket == bucket]
+                if dry_run:  # tails were not folded
+                    removed += int((~rule.mask(self._frame(manifest, buckets={bucket}))).sum())
+                elif own:
+                    keep = rule.mask(self._files.columns(own, rule.columns))
+                    removed += int((~keep).sum())
+                    alone = len(own) == len(manifest.files)
+                    manifest = self._replace(manifest, own, cut(self._files, own, keep, keep_one=alone))
+                if progress is not None:
+                    progress(bucket + 1, self.bucket_count)
+            return Retained(rows, removed)
 
     def forget(self, task: str, columns: Sequence[str], keys: Collection[str], *, wait_s: float = WAIT_S) -> int:
         """Remove the rows of tasks for good; later appends drop theirs. Returns the number of rows removed.
@@ -311,11 +383,7 @@ class InteractionLog:
                 return not first or file.bucket is None or file.bucket in buckets
 
             files, removed = without(self._files, manifest, chosen, lambda frame: named(frame, own))
-            if removed:
-                self._files.sync_folders(files)
-                manifest_now = manifest.with_files(files)
-                write_manifest(self._manifest_path, manifest_now)
-                self._files.remove_unnamed(manifest_now)
+            self._replace(manifest, manifest.files, files)
             return removed
 
     def mark_forgotten(

@@ -103,6 +103,8 @@ class LogFiles:
     def sync_folders(self, files: Iterable[File]) -> None:
         """Flush the names of new files to the disk."""
         folders = {(self.folder / file.path).parent for file in files}
+        if not folders:
+            return
         if len(folders) == 1:
             sync(folders.pop())
         else:
@@ -110,11 +112,18 @@ class LogFiles:
                 list(pool.map(sync, folders))
         sync(self.folder / "data")
 
-    def read(self, file: File) -> pl.DataFrame:
-        """The rows of a file, with their `APPEND` column."""
+    def read(self, file: File, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """The rows of a file, with their `APPEND` column; or these columns of them alone."""
         with explained(self.folder / file.path):
-            frame = pl.read_parquet(self.folder / file.path)
-        return frame if file.folded else frame.with_columns(pl.lit(file.first, pl.UInt32).alias(APPEND))
+            frame = pl.read_parquet(self.folder / file.path, columns=None if columns is None else list(columns))
+        if file.folded or columns is not None:
+            return frame
+        return frame.with_columns(pl.lit(file.first, pl.UInt32).alias(APPEND))
+
+    def columns(self, files: Sequence[File], columns: Sequence[str]) -> pl.DataFrame:
+        """Some columns of the rows of `files`, in their order. At least one file."""
+        self.refuse_damaged(files)
+        return pl.concat([self.read(file, columns) for file in files])
 
     def gather(
         self, files: Sequence[File], *, buckets: set[int] | None = None, wanted: pl.DataFrame | None = None
@@ -141,26 +150,11 @@ class LogFiles:
 
     def appends(self, files: Sequence[File], position: int, through: int) -> Iterator[tuple[int, pl.DataFrame]]:
         """Number and rows of each append after `position` up to `through`, oldest first, without `APPEND`."""
-        files = [file for file in files if position < file.last and file.first <= through]
-        together = [file for file in files if file.folded]
-        parts: dict[int, list[pl.DataFrame]] = {}
-        if together:
+        wanted = [file for file in files if position < file.last and file.first <= through]
+        for together in _overlapping(wanted):
             rows = self.gather(together).filter((pl.col(APPEND) > position) & (pl.col(APPEND) <= through))
-            for (number,), part in rows.partition_by(APPEND, as_dict=True, maintain_order=True).items():
-                parts[int(number)] = [part]
-        alone: dict[int, list[File]] = {}
-        for file in files:
-            if not file.folded:
-                alone.setdefault(file.first, []).append(file)
-        for number in sorted(parts.keys() | alone.keys()):
-            own = parts.pop(number, []) + ([self.gather(alone[number])] if number in alone else [])
-            frame = own[0]
-            if len(own) > 1:
-                whole = pl.concat(own)
-                frame = whole.with_columns(pl.Series(_BUCKET, self.bucket_of(whole))).sort(_BUCKET, maintain_order=True)
-                frame = frame.drop(_BUCKET)
-            if frame.height:
-                yield number, frame.drop(APPEND)
+            for (number,), part in sorted(rows.partition_by(APPEND, as_dict=True, maintain_order=True).items()):
+                yield int(number), part.drop(APPEND)
 
     def schema(self, files: Sequence[File]) -> pl.Schema | None:
         """The log's columns and types, or None before anything was appended."""
@@ -192,14 +186,29 @@ class LogFiles:
         if problems:
             raise DataError("\n".join(problems))
 
+    def remove(self, files: Iterable[File]) -> None:
+        """Remove files that the manifest names no more."""
+        for file in files:
+            (self.folder / file.path).unlink(missing_ok=True)
+
     def remove_unnamed(self, manifest: Manifest) -> None:
-        """Remove what an append that did not come to its end has left, and what was folded into other files."""
+        """Remove what an append that did not come to its end has left."""
         named = {file.path for file in manifest.files}
         for path in (self.folder / "data").glob("*/*"):
             if path.relative_to(self.folder).as_posix() not in named:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob("*.json.*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def _overlapping(files: Sequence[File]) -> Iterator[list[File]]:
+    """Files in portions that share no append, oldest first; within a portion they stay in their order."""
+    ends = sorted((file.first, file.last) for file in files)
+    while ends:
+        first, last = ends[0]
+        while ends and ends[0][0] <= last:
+            last = max(last, ends.pop(0)[1])
+        yield [file for file in files if first <= file.first <= last]
 
 
 def _threads() -> ThreadPoolExecutor:
