@@ -376,6 +376,28 @@ def test_a_request_may_send_numbers_as_text_and_text_as_numbers() -> None:
     assert Vocabulary("float", (0.5, 2.0)).ids(pl.Series(["0.50", "2"])).tolist() == [2, 3]
 
 
+@given(
+    known=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=40).map(sorted),
+    kind=st.sampled_from(["signed", "unsigned", "float", "text"]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_ids_of_many_values_are_those_of_each(known: list[int], kind: str, seed: int) -> None:
+    """Many are searched for at once, few are looked up one by one."""
+    rng = np.random.default_rng(seed)
+    some = [*known, 0, 1, 7, 2**53, 2**63 - 1, None]
+    values = [some[place] for place in rng.integers(0, len(some), 700)]
+    column = {
+        "signed": pl.Series(values, dtype=pl.Int64),
+        "unsigned": pl.Series([None if v is None else abs(v) * 2 % 2**64 for v in values], dtype=pl.UInt64),
+        "float": pl.Series([None if v is None else float(v) / 2 for v in values], dtype=pl.Float64),
+        "text": pl.Series([None if v is None else str(v) for v in values], dtype=pl.String),
+    }[kind]
+    vocabulary = Vocabulary("integer", tuple(known))
+    each = np.concatenate([vocabulary.ids(column[start : start + 100]) for start in range(0, 700, 100)])
+    np.testing.assert_array_equal(vocabulary.ids(column), each)
+
+
 def test_columns_of_whole_floats_are_read_as_integers() -> None:
     frame = table().with_columns(pl.col("age").cast(pl.Float64))
     encoder = Encoder.fit(frame, schema({"name": "age", "kind": "categorical"}))

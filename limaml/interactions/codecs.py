@@ -50,6 +50,8 @@ CLIP = 6.0
 RESERVED = 2  # MISSING and UNSEEN
 ValueKind = Literal["integer", "float", "text"]
 
+_LONG = 512  # values, from which on a search by numpy is faster than a dict
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -71,12 +73,31 @@ class Vocabulary:
         known: list[int | float | str] = list(self.values)
         return {value: RESERVED + i for i, value in enumerate(known)}
 
+    @cached_property
+    def _ascending(self) -> Codes | None:
+        """The values as an array that can be searched, where they are integers of 64 bits."""
+        if self.kind != "integer":
+            return None
+        try:
+            found = np.array(self.values, dtype=np.int64)
+        except OverflowError:
+            return None
+        return found if len(found) and bool((np.diff(found) > 0).all()) else None
+
     def ids(self, values: pl.Series) -> Codes:
         """Id `[n]` of each scalar; null and NaN are 0."""
         own = as_kind(values, self.kind)
-        known = self._ids
-        found = [UNSEEN if value is None else known.get(value, UNSEEN) for value in own.to_list()]
-        ids = np.array(found, dtype=np.int64)
+        ascending = self._ascending if len(own) > _LONG else None
+        if ascending is not None:
+            asked = own.cast(pl.Int64, strict=False)
+            numbers = asked.fill_null(0).to_numpy()
+            place = np.minimum(np.searchsorted(ascending, numbers), len(ascending) - 1)
+            known_too = (ascending[place] == numbers) & asked.is_not_null().to_numpy()
+            ids = np.where(known_too, RESERVED + place, UNSEEN).astype(np.int64)
+        else:
+            known = self._ids
+            found = [UNSEEN if value is None else known.get(value, UNSEEN) for value in own.to_list()]
+            ids = np.array(found, dtype=np.int64)
         ids[without_nan(values).is_null().to_numpy()] = MISSING
         return ids
 
