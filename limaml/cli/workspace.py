@@ -32,6 +32,7 @@ from limaml.interactions.atomic_files import written
 from limaml.interactions.digest import content_digest
 from limaml.interactions.log_manifest import read_manifest
 from limaml.interactions.schema import Task
+from limaml.interactions.side_parts import forget_parts
 from limaml.interactions.side_tables import SideTables
 from limaml.interactions.tombstones import Tombstone, named
 from limaml.meta import TrainedModel, load_model
@@ -179,6 +180,7 @@ class Workspace:
             gone = named(table, {task.name: Tombstone(task.columns, frozenset(keys))})
             if gone.any():
                 _write_parquet(table.filter(~gone), path)
+                forget_parts(path)
                 removed += int(gone.sum())
         return removed
 

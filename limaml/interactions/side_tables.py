@@ -7,7 +7,7 @@ that a model reads are wanted; the result is the same for them.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from limaml.errors import DataError
 from limaml.interactions.columns import canonical_text, factorise, missing_column
 from limaml.interactions.keys import join_key
+from limaml.interactions.side_parts import PartedTable, is_large, stamp_of
 
 __all__ = ["SideTables"]
 
@@ -27,12 +28,13 @@ _SIGNED = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32
 class SideTables:
     """The tables of a folder with `tables.json` (key → file), or none if there is no such file.
 
-    A file that is replaced is read again the next time that something is joined.
+    A file that is replaced is read again the next time that something is joined. A large one is looked up part by part, so that
+    the rows of a bucket of the log are joined in the memory of one part.
     """
 
     def __init__(self, folder: Path | str | None) -> None:
         self._folder = None if folder is None else Path(folder)
-        self._read: dict[str, tuple[tuple[int, int, int], _Table]] = {}
+        self._read: dict[str, tuple[tuple[int, int, int], _Table | PartedTable[_Table]]] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -51,11 +53,10 @@ class SideTables:
         known = set(frame.columns)
         for key, path in self._files().items():
             table = self._table(key, path, frame.columns)
-            names = {name: f"{name}_of_{key}" if name in known else name for name in table.values.columns}
+            names = {name: f"{name}_of_{key}" if name in known else name for name in table.columns}
             needed = [name for name, new in names.items() if new in wanted]
             if needed:
-                place = table.positions(frame)
-                frame = frame.with_columns(table.values.select(needed)[place].rename({n: names[n] for n in needed}))
+                frame = frame.with_columns(table.look_up(frame, needed).rename({n: names[n] for n in needed}))
             known |= set(names.values())
         return frame
 
@@ -65,12 +66,15 @@ class SideTables:
         files = json.loads((self._folder / "tables.json").read_text(encoding="utf-8"))
         return {key: self._folder / file for key, file in files.items()}
 
-    def _table(self, key: str, path: Path, columns: Collection[str]) -> _Table:
-        found = path.stat()
-        stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
-        held = self._read.get(key)
+    def _table(self, key: str, path: Path, columns: Collection[str]) -> _Table | PartedTable[_Table]:
+        stamp, held = stamp_of(path), self._read.get(key)
         if held is None or held[0] != stamp:
-            held = self._read[key] = stamp, _Table(key, pl.read_parquet(path), _names(key, columns))
+            names = _names(key, columns)
+            if is_large(path, names):
+                held = stamp, PartedTable(path, names, lambda rows: _Table(key, rows, names))
+            else:
+                held = stamp, _Table(key, pl.read_parquet(path), names)
+            self._read[key] = held
         return held[1]
 
 
@@ -84,10 +88,15 @@ class _Table:
     def __init__(self, key: str, table: pl.DataFrame, names: list[str]) -> None:
         self._key, self._names, self._keys = key, names, table.select(names)
         values = table.drop(names)
-        self.values = pl.concat([values, values.clear(1)])
+        self._values = pl.concat([values, values.clear(1)])
+        self.columns = values.columns
         self._last = table.height
         if self._keys.drop_nulls().is_duplicated().any():
             raise DataError(f"The side table of '{key}' has several rows for one '{key}'. Keep one row for each.")
+
+    def look_up(self, frame: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
+        """The columns `needed` of the row of the table for each row of `frame`, null where there is none."""
+        return self._values.select(needed)[self.positions(frame)]
 
     def positions(self, frame: pl.DataFrame) -> NDArray[np.int64]:
         """The row of the table for each row of `frame`, `[rows]`."""
