@@ -37,9 +37,9 @@ logger = logging.getLogger("limaml.serving")
 
 PLATFORM = "limaml"
 
-ROUNDS, GATHERING = 8, 0.003
+ROUNDS, ROUNDS_READ, GATHERING = 8, 3, 0.003
 """A batch is begun when the event loop has gone round so often without another request, or after so many seconds. gRPC takes
-about four rounds, and a turn of its own thread, from one request to the next."""
+about four rounds, and a turn of its own thread, from one request to the next; what is read off connections (`begin`) comes in one."""
 
 SELDOM = 10.0
 """Seconds between tries to load a first version, in the end."""
@@ -69,6 +69,7 @@ class Service:
         self._pinned: dict[str, Loaded] = {}
         self._pinning = asyncio.Lock()
         self._waiting: list[Waiting] = []
+        self._rounds = ROUNDS
         self._in_flight = 0
         self.metrics.in_flight.set_function(lambda: self._in_flight)
         self._scheduled = False  # whether what waits will be scored without anybody saying so again
@@ -310,7 +311,7 @@ class Service:
         loaded.users += 1
         try:
             question, wanted, asked = self._question(request, loaded)
-            waiting = self._put(question, asked, loaded, begun)
+            waiting = self._put(question, asked, loaded, begun, ROUNDS_READ)
         except BaseException:
             self._done_with(loaded)
             raise
@@ -397,7 +398,9 @@ class Service:
             self._ended(waiting)
         return self._told(question, answer)
 
-    def _put(self, question: Question, asked: Asked, loaded: Loaded, begun: float | None) -> Waiting:
+    def _put(
+        self, question: Question, asked: Asked, loaded: Loaded, begun: float | None, rounds: int = ROUNDS
+    ) -> Waiting:
         """Have a question scored in a batch; `_ended` is called once it was, or is given up."""
         options, metrics, sampling = self.options, self.metrics, sampling_of(question.parameters)
         if len(self._waiting) >= options.queue:
@@ -409,6 +412,7 @@ class Service:
         waiting = Waiting(question, asked, loaded, answer, now, sampling, alarm)
         if begun is not None:
             metrics.decode.observe(now - begun)
+        self._rounds = max(self._rounds, rounds) if self._waiting else rounds
         self._waiting.append(waiting)
         self._in_flight += 1
         self._score_soon()
@@ -445,7 +449,7 @@ class Service:
     def _gather(self, seen: int, rounds: int, until: float) -> None:
         waiting = len(self._waiting)
         rounds = rounds + 1 if waiting == seen else 0
-        if rounds >= ROUNDS or time.perf_counter() > until:
+        if rounds >= self._rounds or time.perf_counter() > until:
             self._score_next()
         else:
             _let_others_run()

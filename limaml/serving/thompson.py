@@ -41,8 +41,13 @@ class Sampling:
     deviations: bool = False
 
 
+_NOTHING = Sampling()
+
+
 def sampling_of(parameters: Mapping[str, Any]) -> Sampling:
     """What the parameters of a request ask for; `Refused` names the one that makes no sense."""
+    if not parameters:  # as most have none
+        return _NOTHING
     sample, seed, scale, sd = (parameters.get(name) for name in ("sample", "seed", "scale", "logit_sd"))
     for name, value in (("sample", sample), ("logit_sd", sd)):
         if value is not None and not isinstance(value, bool):

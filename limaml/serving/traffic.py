@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,6 +157,7 @@ class TrafficMetrics:
         self._answers = client.Counter(
             "limaml_version_answers_total", "Requests answered, by version.", ("version",), registry=registry
         )
+        self._by_version: dict[str, Any] = {}
         self._shadows = client.Counter(
             "limaml_shadow_total",
             "Requests scored in the shadow, by version and outcome: scored, dropped, failed.",
@@ -181,7 +182,10 @@ class TrafficMetrics:
     def answered(self, question: Question, answer: Answer) -> None:
         """An observer for `Service`."""
         if SHADOWED not in question.parameters:
-            self._answers.labels(answer.version).inc()
+            counted = self._by_version.get(answer.version)
+            if counted is None:
+                counted = self._by_version[answer.version] = self._answers.labels(answer.version)
+            counted.inc()
 
     def shadowed(self, version: str) -> Callable[[str, NDArray[np.float64]], None]:
         """An observer for `Shadow`."""
