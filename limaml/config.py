@@ -45,6 +45,10 @@ class ModelConfig(_Frozen):
     dim: int = Field(default=16, ge=1, description="Size of the meta embedding.")
     meta_hidden: tuple[int, ...] = Field(default=(32,), description="Hidden layers of the meta block.")
     meta_embedding_dim: int = Field(default=8, ge=1, description="Width of each task feature's embedding.")
+    sparse: bool = Field(
+        default=False,
+        description="Embedding tables with sparse gradients: a step costs what its batch looks up, not what the table holds.",
+    )
 
 
 class Adaptation(_Frozen):
@@ -87,6 +91,12 @@ class TrainConfig(_Frozen):
     solver_lr: float = Field(
         default=0.03, gt=0, description="Of learned rates, prior count, prior precision, half-life."
     )
+    sparse_tables: Literal["adam", "rowwise_adagrad"] = Field(
+        default="adam",
+        description="What steps embedding tables with sparse gradients: Adam's moments, two numbers for each weight, or one for "
+        "each row.",
+    )
+    table_lr: float = Field(default=0.05, gt=0, description="Of tables that rowwise_adagrad steps.")
     table_decay: float = Field(
         default=100.0, ge=0, description="Prior precision of embedding tables: λ|w|²/2 per data set."
     )
@@ -101,6 +111,23 @@ class TrainConfig(_Frozen):
     average: float = Field(default=1.0, ge=0, description="Epochs that the running average of the weights looks back.")
     clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")
     seed: int = 0
+    window_buckets: int | None = Field(
+        default=None,
+        ge=1,
+        description="Buckets of a log that are in memory together, of each process; as many are read ahead. None: as many as "
+        "hold two million rows.",
+    )
+    tasks_per_epoch: int | None = Field(
+        default=None, ge=1, description="About so many tasks, drawn anew, make an epoch. None: all of them."
+    )
+    validation_buckets: int | None = Field(
+        default=None, ge=1, description="Buckets of a log whose tasks are validated on. None: all."
+    )
+    checkpoint_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between checkpoints inside of a window. None: one at the end of each window and epoch.",
+    )
     device: str = Field(default="cpu", description="Where the blocks are trained: cpu, cuda, cuda:1, … .")
 
     autocast: Literal["bf16"] | None = Field(

@@ -13,7 +13,7 @@ from limaml.errors import ConfigError
 from limaml.interactions import Prepared, Schema, prepare
 from limaml.interactions.implicit import prepare_implicit
 
-__all__ = ["DataOptions", "read", "read_implicit"]
+__all__ = ["DataOptions", "asked_schema", "read", "read_implicit"]
 
 
 @Parameter(name="*")
@@ -72,7 +72,7 @@ def read(file: Path, options: DataOptions) -> Prepared:
         row_features=options.row_features,
         weight=options.weight,
         exclude=options.exclude or (),
-        schema=None if options.schema is None else _schema(options.schema, options),
+        schema=None if options.schema is None else asked_schema(options.schema, options),
         max_tasks=options.max_tasks,
         seed=options.data_seed,
     )
@@ -101,7 +101,7 @@ def read_implicit(file: Path, options: DataOptions) -> Prepared:
     )
 
 
-def _schema(path: Path, options: DataOptions) -> Schema:
+def asked_schema(path: Path, options: DataOptions) -> Schema:
     """The schema in a file, which must mean the same tasks, row and time as the options do."""
     try:
         schema = Schema.model_validate_json(path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ embedding, read by the global block in the place of the meta embedding (deep), a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,8 @@ class PlainModel(nn.Module):
 class PlainLearner:
     """Learns a `PlainModel` on rows in random order."""
 
+    covers, steady = 1, True
+
     def __init__(
         self, model: PlainModel, data: Interactions, train: Tensor, config: TrainConfig, validation: Split | None = None
     ) -> None:
@@ -112,6 +114,12 @@ class PlainLearner:
 
     def fast_parameters(self) -> list[nn.Parameter]:
         return list(self.model.losses.parameters())
+
+    def windows_per_epoch(self) -> int:
+        return 1
+
+    def windows(self, generator: torch.Generator, ranks: Ranks = ALONE, start: int = 0) -> Iterator[PlainLearner]:
+        yield self
 
     def batches(self, generator: torch.Generator, ranks: Ranks = ALONE) -> list[Tensor]:
         return list(

@@ -58,4 +58,8 @@ def build_meta_model(
         )
         for task in tasks
     }
-    return MetaModel(build_global_block(specs, model, dims, len(losses)), blocks, losses=losses, adaptation=adaptation)
+    made = MetaModel(build_global_block(specs, model, dims, len(losses)), blocks, losses=losses, adaptation=adaptation)
+    for module in made.modules() if model.sparse else ():
+        if isinstance(module, nn.Embedding):
+            module.sparse = True
+    return made

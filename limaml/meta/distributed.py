@@ -9,6 +9,9 @@ very steps of one, however unequal their shares: a rank without a task adds noth
 decided (validation loss, early stopping, the checkpoint's state) is decided on sums that every rank has. Only rank 0 reports
 and writes; all ranks read, so the checkpoint must lie where all of them see it.
 
+Where an epoch has several windows of rows (meta/window_learner.py), each rank takes windows of its own instead, and a step is a
+batch of every rank that has one left.
+
 torch's own `DistributedDataParallel` does as well, if you write the outer loop yourself: see `TaskLoss`.
 """
 
@@ -53,10 +56,16 @@ class Ranks:
             # A worker of a process pool inherits torchrun's environment, and is no rank.
             if not launched or int(os.environ["WORLD_SIZE"]) < 2 or parent_process() is not None:
                 return ALONE
+            from torch.distributed.rendezvous import rendezvous  # not there in a build without torch.distributed
+
             on_gpu = torch.device(device).type == "cuda"
             if on_gpu:
                 torch.cuda.set_device(torch.device(_own(device)))
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            store, rank, world = next(rendezvous("env://"))
+            # torchrun's store outlives processes that it starts again, and they would look for each other's old addresses in it
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"limaml/{again}", store)  # type: ignore[attr-defined]
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
             atexit.register(_leave)
         return Ranks(dist.get_rank(), dist.get_world_size())
 
@@ -86,6 +95,14 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=_meeting_place())
         dist.all_reduce(total)
         return total.tolist()
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.world == 1:
+            return number
+        largest = torch.tensor([number], device=_meeting_place())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def joint(self, table: Tensor) -> Tensor:
         """The sum over ranks of a table `[…]`, of which each rank has filled its share and left the rest at zero. The

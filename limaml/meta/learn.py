@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from limaml.meta.age import warn_if_short
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.scorer import Held
+from limaml.meta.survey import Totals
 from limaml.tasks import Split, TaskBatch, TaskRows, cross_fit, task_batches, time_cut
 from limaml.types import Interactions
 
@@ -33,27 +35,51 @@ class MetaLearner:
     With cross-fit, a fair coin per row and epoch deals all rows into two parts. Every task is adapted on one part and
     judged on the other, both ways round. With several task types the query is scored with the other types' embeddings
     adapted on the same part as the support, as of the start of the epoch, so that no embedding has seen its query.
+    With `totals`, those of all windows, `data` is one window of more rows than are in memory: then the labels' scale is
+    already the model's, and of the first type's tasks `most_tasks` are drawn for each epoch. `quiet`: no warnings.
     Where rows weigh by age, ages count back from the newest row of the support's part, though the query lies before and
     behind it: what is learned is how fast rows lose their say about their task's newest moment, which is what serving
     asks, with a half-life that is rather too long than too short.
     """
 
+    covers = 1  # of the windows of an epoch: all its rows are in memory
+    steady = True
+    _most: int | None = None
+
     def __init__(
-        self, model: MetaModel, data: Interactions, train: Tensor, config: TrainConfig, validation: Split | None = None
+        self,
+        model: MetaModel,
+        data: Interactions,
+        train: Tensor,
+        config: TrainConfig,
+        validation: Split | None = None,
+        totals: Totals | None = None,
+        *,
+        most_tasks: int | None = None,
+        quiet: bool = False,
     ) -> None:
         self.module: nn.Module = model
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.train = train
         self.grouped = {task: TaskRows.of(data.index[task], data.count(task), train) for task in model.tasks}
-        if model.adaptation.half_life is not None:
+        if model.adaptation.half_life is not None and not quiet:
             for task, grouped in self.grouped.items():
                 warn_if_short(model.adaptation.half_life, data, task, grouped)
-        self.weight = float(data.weights[train].sum())
-        model.losses.standardise(data.labels[train], data.weights[train])
+        if totals is None:
+            totals = Totals.of(data, train)
+            model.losses.take_scale(totals.labels)
+        self.weight, self._rows, self._most = totals.weight, totals.rows, most_tasks
         self._others: dict[tuple[str, bool | None], Tensor] = {}
+        self.steady = len(model.tasks) == 1
 
     def fast_parameters(self) -> list[nn.Parameter]:
-        return [p for part in (self.model.solvers, self.model.half_lives, self.model.losses) for p in part.parameters()]
+        return fast_parameters(self.model)
+
+    def windows_per_epoch(self) -> int:
+        return 1
+
+    def windows(self, generator: torch.Generator, ranks: Ranks = ALONE, start: int = 0) -> Iterator[MetaLearner]:
+        yield self
 
     def batches(self, generator: torch.Generator, ranks: Ranks = ALONE) -> list[MetaBatch]:
         cap = self.model.adaptation.max_support
@@ -62,7 +88,9 @@ class MetaLearner:
         made: list[MetaBatch] = []
         for task, grouped in self.grouped.items():
             present = (grouped.size > 0).nonzero().flatten()
-            for tasks in task_batches(present, grouped.size, self.config.batch_of(len(grouped.rows)), generator):
+            if self._most is not None and task == self.model.tasks[0] and len(present) > self._most:
+                present = present[torch.randperm(len(present), generator=generator)[: self._most]]
+            for tasks in task_batches(present, grouped.size, self.config.batch_of(self._rows), generator):
                 if crossed:
                     made += [
                         MetaBatch(task, cross_fit(grouped, tasks, coin, side, cap), side) for side in (True, False)
@@ -134,9 +162,20 @@ def shared_embeddings(
     return ranks.joint(table)
 
 
-@torch.no_grad()
+def fast_parameters(model: MetaModel) -> list[nn.Parameter]:
+    """What takes the solvers' learning rate."""
+    return [p for part in (model.solvers, model.half_lives, model.losses) for p in part.parameters()]
+
+
 def mean_loss(model: MetaModel, data: Interactions, split: Split, ranks: Ranks = ALONE) -> float:
     """Mean loss of the split's test rows, every task adapted on its support. All `ranks` share the work and the result."""
+    total, weight = summed_loss(model, data, split, ranks)
+    return total / max(weight, 1e-12)
+
+
+@torch.no_grad()
+def summed_loss(model: MetaModel, data: Interactions, split: Split, ranks: Ranks = ALONE) -> tuple[float, float]:
+    """The sum of those losses, and of the weights."""
     tables = {}
     rows = split.test.nonzero().flatten()
     for task in model.tasks:
@@ -146,4 +185,4 @@ def mean_loss(model: MetaModel, data: Interactions, split: Split, ranks: Ranks =
     rows = rows[ranks.share(torch.ones(len(rows)))]
     losses = model.losses.of_rows(data, rows, model.predict(data, rows, tables))
     total, weight = ranks.sum(float(losses.sum()), data.labelled_weight(rows))
-    return total / max(weight, 1e-12)
+    return total, weight

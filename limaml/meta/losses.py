@@ -15,6 +15,7 @@ training rows (`standardise`): so ratings from 1 to 5 and prices in cents start 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,29 @@ from limaml.errors import ModelError
 from limaml.meta.adapted import widened
 from limaml.types import Interactions, LossKind
 
-__all__ = ["Losses"]
+__all__ = ["LabelMoments", "Losses"]
+
+
+@dataclass(frozen=True)
+class LabelMoments:
+    """Weighted sums over labels, all `[heads]` float64: of the weights, of the labels, and of squares around their mean."""
+
+    weight: Tensor
+    total: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of(labels: Tensor, weights: Tensor) -> LabelMoments:
+        """Of labels `[n, heads]`, NaN where one is missing, and weights `[n]`."""
+        weight = labels.isfinite() * weights[:, None].double()
+        y = torch.where(labels.isfinite(), labels, 0.0).double()
+        total, summed = weight.sum(0), (y * weight).sum(0)
+        mean = summed / total.clamp(min=1e-12)
+        return LabelMoments(total, summed, ((y - mean) ** 2 * weight).sum(0))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.weight.clamp(min=1e-12)
 
 
 class Losses(nn.Module):
@@ -54,11 +77,17 @@ class Losses(nn.Module):
     @torch.no_grad()
     def standardise(self, labels: Tensor, weights: Tensor) -> None:
         """Take centre and scale of the squared heads from the training rows' labels `[n, heads]` and weights `[n]`."""
-        weight = labels.isfinite() * weights[:, None].double()
-        total = weight.sum(0).clamp(min=1e-12)
-        y = torch.where(labels.isfinite(), labels, 0.0).double()
-        mean = (y * weight).sum(0) / total
-        deviation = (((y - mean) ** 2 * weight).sum(0) / total).sqrt()
+        self.take_scale([LabelMoments.of(labels, weights)])
+
+    @torch.no_grad()
+    def take_scale(self, parts: Sequence[LabelMoments]) -> None:
+        """Take them from the moments of labels that are seen in parts."""
+        total = torch.stack([part.weight for part in parts]).sum(0).clamp(min=1e-12)
+        mean = torch.stack([part.total for part in parts]).sum(0) / total
+        # around the common mean: each part's own squares, and those of its mean; exactly 0 where there is one part
+        own = torch.stack([part.squares for part in parts]).sum(0)
+        apart = torch.stack([part.weight * (part.mean - mean) ** 2 for part in parts]).sum(0)
+        deviation = ((own + apart) / total).sqrt()
         squared = self.squared.cpu()
         self.centre.copy_(torch.where(squared, mean, 0.0))
         self.scale.copy_(torch.where(squared & (deviation > 0), deviation, 1.0))

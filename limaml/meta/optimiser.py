@@ -1,4 +1,4 @@
-"""What takes the outer loop's steps: Adam, and for embedding tables with sparse gradients SparseAdam.
+"""What takes the outer loop's steps: Adam, and for embedding tables with sparse gradients SparseAdam or row-wise Adagrad.
 
 Weights have a normal prior, which enters as weight decay in the gradient (coupled, so that it means a precision whatever
 the learning rate is). A table made with `sparse=True` is stepped in the rows that a batch has looked up, and in no other: a
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from limaml.config import TrainConfig
+from limaml.meta.rowwise import RowwiseAdagrad
 
 __all__ = ["Optimiser"]
 
@@ -53,7 +54,11 @@ class Optimiser:
         if dense:
             self._parts.append(torch.optim.Adam(dense, eps=EPS))
         if self.sparse:
-            self._parts.append(torch.optim.SparseAdam([{"params": [table]} for table in self.sparse], lr=config.lr))
+            self._parts.append(
+                RowwiseAdagrad(self.sparse, config.table_lr, EPS)
+                if config.sparse_tables == "rowwise_adagrad"
+                else torch.optim.SparseAdam([{"params": [table]} for table in self.sparse], lr=config.lr)
+            )
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -94,6 +99,8 @@ class Optimiser:
     def _as_adam(self, table: nn.Parameter) -> None:
         """SparseAdam adds its ε to a root that Adam has divided by √(1 − β₂ᵗ) first; with ε so scaled they step alike."""
         part = self._parts[-1]
+        if not isinstance(part, torch.optim.SparseAdam):
+            return
         group = next(group for group in part.param_groups if group["params"][0] is table)
         group["eps"] = EPS * math.sqrt(1 - group["betas"][1] ** (part.state[table].get("step", 0) + 1))
 

@@ -60,13 +60,35 @@ def test_gradients_are_sparse_and_rows_that_nobody_looks_up_stay() -> None:
     assert table.grad is not None and table.grad.is_sparse
 
 
-def test_resuming_with_sparse_tables_changes_nothing(tmp_path: Path) -> None:
-    config = made_config(4)
+@pytest.mark.parametrize("kind", ["adam", "rowwise_adagrad"])
+def test_resuming_with_sparse_tables_changes_nothing(kind: str, tmp_path: Path) -> None:
+    config = made_config(4, sparse_tables=kind)
     whole, resumed = sparse(made_learner(config)), sparse(made_learner(config))
     fit(whole, config)
     fit(sparse(made_learner(config)), config.model_copy(update={"epochs": 2}), checkpoint=tmp_path / "c")
     fit(resumed, config, checkpoint=tmp_path / "c")
     assert_same(whole.module, resumed.module, 0.0)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=5), st.integers(0, 9))
+def test_rowwise_adagrad_is_its_formula(looked_up: list[list[int]], seed: int) -> None:
+    """Against a loop over rows, with decay; one number of state for each row."""
+    generator = torch.Generator().manual_seed(seed)
+    table = nn.Embedding(5, 3, sparse=True, dtype=torch.float64)
+    config = TrainConfig(sparse_tables="rowwise_adagrad", table_lr=0.1, table_decay=2.0)
+    optimiser = Optimiser(table, [], 10.0, config)
+    wanted, state = table.weight.detach().clone(), [0.0] * 5
+    for rows in looked_up:
+        slopes = torch.randn(len(rows), 3, generator=generator, dtype=torch.float64)
+        optimiser.zero_grad()
+        (table(torch.tensor(rows, dtype=torch.int64)) * slopes).sum().backward()
+        optimiser.step()
+        for row in set(rows):
+            slope = slopes[[i for i, other in enumerate(rows) if other == row]].sum(0) + 0.2 * wanted[row]
+            state[row] += float((slope**2).mean())
+            wanted[row] -= 0.1 * slope / (state[row] ** 0.5 + 1e-8)
+    assert float((table.weight - wanted).abs().max()) <= 1e-12
+    assert [moment.shape for moment in optimiser.state().values()] == [(5,)]
 
 
 class Tied(nn.Module):

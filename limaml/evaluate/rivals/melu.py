@@ -203,7 +203,7 @@ class MeluLearner(MetaLearner):
         self.module, self.melu, self.data, self.config = melu, melu, problem.data, config.train
         self.validation, self.train, self.task = problem.validation, problem.judged.train, melu.tasks[0]
         self.grouped = {self.task: TaskRows.of(self.data.index[self.task], self.data.count(self.task), self.train)}
-        self.weight = float(self.data.weights[self.train].sum())
+        self.weight, self._rows = float(self.data.weights[self.train].sum()), int(self.train.sum())
         self.model = cast(MetaModel, melu)  # what is read of it in batches is `tasks` and `adaptation`
         melu.losses.standardise(self.data.labels[self.train], self.data.weights[self.train])
 
