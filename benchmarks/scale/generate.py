@@ -244,7 +244,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[100_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--engines", nargs="+", default=["local", "ray"], choices=["local", "ray"])
-    parser.add_argument("--buckets", type=int, default=64)
+    parser.add_argument("--buckets", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "scale")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale" / "generate.json")

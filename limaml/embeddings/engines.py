@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -35,6 +35,9 @@ Run = Callable[[Sequence[Job], Callable[[int, int], None] | None], Iterator[Made
 DEATHS = 3
 """How often workers may die before it is given up: what kills one again and again (a lack of memory) is no accident."""
 
+
+ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""For processes of which there are as many as cores: each library would else take all cores in each."""
 
 OBJECTS = 100 * 2**20
 """Bytes that a Ray started here keeps for objects: jobs and what is told of shards are small."""
@@ -89,7 +92,8 @@ def _processes(setting: Setting, workers: int) -> Run:
             # spawned, not forked: PyTorch's threads and CUDA do not outlive a fork
             pool = ProcessPoolExecutor(min(workers, len(left)), multiprocessing.get_context("spawn"), _end_with_parent)
             try:
-                waited = {pool.submit(_do, setting, job): job for job in jobs if job in left}
+                with _variables(ONE_THREAD):  # the processes begin with the first job
+                    waited = {pool.submit(_do, setting, job): job for job in jobs if job in left}
                 for future in as_completed(waited):
                     made = future.result()
                     left.discard(waited[future])
@@ -102,6 +106,18 @@ def _processes(setting: Setting, workers: int) -> Run:
                 pool.shutdown(cancel_futures=True)
 
     return run
+
+
+@contextmanager
+def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment for processes that begin meanwhile; one that is set stays as it is."""
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 _WORKERS: dict[Setting, Worker] = {}
@@ -171,6 +187,7 @@ def _ray(setting: Setting, workers: int | None, address: str | None) -> Iterator
             raise ConfigError("Ray sees no GPU here. Use --device cpu, or the --address of a cluster that has some.")
         number = workers or max(1, int(there.get("GPU" if on_gpu else "CPU", 1)))
         options = {"num_cpus": 1, "num_gpus": 1 if on_gpu else 0, "max_restarts": DEATHS, "max_task_retries": DEATHS}
+        options["runtime_env"] = {"env_vars": ONE_THREAD}
         made = ray.remote(**options)(_Actor)
         actors = [made.remote(replace(setting, threads=1)) for _ in range(number)]
 

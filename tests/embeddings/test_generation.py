@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from conftest import ROWS, World
+from embedding_runs import ROWS, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from limaml.cli import main
 from limaml.embeddings import jobs
 from limaml.embeddings.deal import deal, dealt, is_dealt
 from limaml.embeddings.piece import Piece
@@ -66,7 +68,7 @@ def test_several_processes_make_the_same_and_end_with_who_began_them(world: Call
     script = f"""
 import os, signal, sys
 from pathlib import Path
-from conftest import World
+from embedding_runs import World
 from multiprocessing import active_children
 def kill(*_):
     if len(list((world.spool / "shards").glob("*.safetensors"))) >= 2:
@@ -94,7 +96,7 @@ if __name__ == "__main__":
     }
     assert 2 <= len(before) < 8
     again = World(one.folder)
-    with again.generation() as made:  # type: ignore[attr-defined]
+    with again.generation() as made:
         assert made.kept == len(before)
         assert before.items() <= {path.name: path.stat().st_ino for path in again.shards}.items()
         assert len(again.shards) == 8
@@ -112,7 +114,7 @@ def _alive(process: int) -> bool:
 
 def test_a_damaged_shard_and_damaged_rows_are_made_again(world: Callable[..., World]) -> None:
     one = world(tasks=BOTH)
-    with one.generation():  # type: ignore[attr-defined]
+    with one.generation():
         pass
     before = {path: path.read_bytes() for path in one.shards}
     short, wrong, lost = one.shards[1], one.shards[2], one.shards[6]
@@ -122,12 +124,12 @@ def test_a_damaged_shard_and_damaged_rows_are_made_again(world: Callable[..., Wo
     with pytest.raises(StoreError, match=r"is not what was written .* Run the same command again"):
         read_shard(short)
     (one.spool / "shards" / "0-00001.leftover.tmp").write_bytes(b"half")
-    with one.generation() as made:  # type: ignore[attr-defined]
+    with one.generation() as made:
         assert made.kept == 5
         assert {made.file for made in made.shards} == {path.name for path in one.shards}
     rows = sorted((one.spool / "rows" / "1").iterdir())
     rows[0].write_bytes(rows[0].read_bytes()[:-1])
-    with one.generation() as made:  # type: ignore[attr-defined]
+    with one.generation() as made:
         assert made.kept == 7 and is_dealt(rows[0], 4)
     one.publish()
     one.assert_as_in_memory()
@@ -135,7 +137,7 @@ def test_a_damaged_shard_and_damaged_rows_are_made_again(world: Callable[..., Wo
 
 def test_one_of_two_drivers_wins_and_the_other_says_so(world: Callable[..., World]) -> None:
     one = world()
-    with one.generation() as made:  # type: ignore[attr-defined]
+    with one.generation() as made:
         with pytest.raises(StoreError, match=r"Another process generates embeddings in .*generation\. Wait for it"):
             one.publish("other")
         made.publish(one.store, "shards")
@@ -160,7 +162,7 @@ def test_what_is_gone_on_with(world: Callable[..., World]) -> None:
     one = world()
 
     def kept(**options: object) -> tuple[int, int]:
-        with one.generation(**options) as made:  # type: ignore[attr-defined]
+        with one.generation(**options) as made:
             return made.kept, made.position
 
     assert kept() == (0, 2)
@@ -178,7 +180,7 @@ def test_what_is_gone_on_with(world: Callable[..., World]) -> None:
     (one.spool / "plan.json").write_text('{"log": ')
     assert kept(uncertainty=True) == (0, 4)
     timeless = world(time=None)
-    with timeless.generation():  # type: ignore[attr-defined]
+    with timeless.generation():
         pass
     timeless.log.append(ROWS[:10])
     timeless.publish()  # the shuffle of more rows is another one
@@ -249,6 +251,65 @@ def test_dealing_loses_no_row_and_keeps_their_order(
     assert all(part["index"].is_sorted() for part in found)
     owners = [set(part["u"]) for part in found]
     assert sum(map(len, owners)) == len(set(users))
+
+
+def test_a_worker_on_another_device_makes_the_same(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU: what is not moved there, or not fetched back, fails."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "meta")
+    from elsewhere import moved, second_device
+
+    one = world()
+    with one.generation(uncertainty=True) as made:
+        worker = jobs.Worker(
+            jobs.Setting(
+                one.log.folder,
+                made.position,
+                one.folder / "model",
+                one.trained.digest,
+                ("user_id",),
+                one.folder / "side",
+                one.spool,
+                uncertainty=True,
+            )
+        )
+        here = read_shard(one.spool / "shards" / made.shards[0].file)
+        with second_device():
+            worker._trained = replace(worker._trained, model=moved(worker._trained.model))
+            there = read_shard(one.spool / "shards" / worker.do(jobs.Job(0, 0)).file)
+    assert here.ids == there.ids
+    for name, values in here.stored.items():
+        np.testing.assert_allclose(there.stored[name], values, atol=1e-6, rtol=1e-6)
+
+
+def test_the_commands_and_a_member_who_is_forgotten(
+    world: Callable[..., World], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`embed` goes on with what is there, adapts again what came meanwhile before it serves, and `forget` leaves no shard."""
+    one = world()
+    one.store.close()
+    shutil.rmtree(one.folder / "store")
+    with one.generation():
+        pass
+    one.log.append(ROWS[:10].with_columns(timestamp=pl.col("timestamp") + 10**6))
+    main(["embed", str(one.folder)])
+    said = capsys.readouterr().out
+    assert "earlier run had made of the log up to append 2: 4 of 4 shards" in said
+    assert f"{ROWS[:10]['user_id'].n_unique()} tasks that changed meanwhile were adapted again" in said
+    assert not one.shards
+    again = World(one.folder)
+    again.assert_as_in_memory("model")
+    with again.generation():
+        pass
+    again.store.close()
+    member = str(ROWS["user_id"][0])
+    main(["store", "forget", str(one.folder), "--task", f"user_id:{member}"])
+    assert "What a generation had made, and not published, was removed" in capsys.readouterr().out
+    assert not one.shards
+    with again.generation():
+        main(["store", "forget", str(one.folder), "--task", f"user_id:{member}"])
+        assert "Embeddings are being generated in" in capsys.readouterr().out
 
 
 def test_a_plan_goes_on_only_with_its_own(tmp_path: Path) -> None:

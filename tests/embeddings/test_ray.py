@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import World
+from embedding_runs import World
 
 from limaml.embeddings.engines import engine
 from limaml.embeddings.jobs import Job, Setting
