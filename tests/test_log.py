@@ -312,6 +312,7 @@ log = InteractionLog(folder, "user_id", buckets=4)
 print("ready", flush=True)
 for n in range(first, last):
     log.append(pl.DataFrame({"user_id": [f"u{i % 9}" for i in range(40)], "time": range(n * 40, n * 40 + 40)}))
+    print(n, flush=True)
 """
 
 
@@ -342,7 +343,10 @@ def test_killed_at_any_moment_and_appended_again_is_exactly_once(tmp_path: Path)
     interrupted = False
     for _ in range(5):
         process = start_appender(tmp_path, 0, 200)
-        time.sleep(lottery.uniform(0.0, 0.25))
+        assert process.stdout is not None
+        for _ in range(lottery.randrange(1, 40)):  # so many were appended, known ones too
+            process.stdout.readline()
+        time.sleep(lottery.uniform(0.0, 0.02))
         process.send_signal(signal.SIGKILL)
         with process:
             process.wait(30)

@@ -42,31 +42,52 @@ def rewrite(source: str, target: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begun, "cpu_s": usage() - used}
 
 
-def measure(folder: Path, tasks: int, buckets: int, repeats: int) -> dict[str, Any]:
+def compact(target: str) -> dict[str, Any]:
+    from limaml.interactions.log import InteractionLog
+
+    begun = time.perf_counter()
+    done = InteractionLog(target).compact()
+    return {"seconds": time.perf_counter() - begun, "rows": done.rows, "before": done.before, "after": done.after}
+
+
+def retain(target: str, last: int) -> dict[str, Any]:
+    from limaml.interactions.log import InteractionLog
+
+    begun = time.perf_counter()
+    done = InteractionLog(target).retain("time", last=last)
+    return {"seconds": time.perf_counter() - begun, "rows": done.rows, "removed": done.removed, "last": last}
+
+
+def measure(folder: Path, tasks: int, buckets: int, repeats: int, upkeep: bool) -> dict[str, Any]:
     source, log, copy = str(make_source(folder, tasks)), folder / f"log-{tasks}", folder / "copy.parquet"
     ours, limit = [], []
     for _ in range(repeats):
-        copy.unlink(missing_ok=True)
         shutil.rmtree(log, ignore_errors=True)
         limit.append(in_child(HERE, "rewrite", source=source, target=str(copy)))
+        copy.unlink()
         ours.append(in_child(HERE, "append", source=source, target=str(log), buckets=buckets))
-    copy.unlink(missing_ok=True)
     rows = rows_of(tasks)
     assert all(found["rows"] == rows for found in ours)
     shares = [theirs["seconds"] / own["seconds"] for theirs, own in zip(limit, ours, strict=True)]
-    return {
+    found = {
         "tasks": tasks,
         "rows": rows,
         "buckets": buckets,
-        "rows_per_s": rows / statistics.median(found["seconds"] for found in ours),
-        "rows_per_s_polars": rows / statistics.median(found["seconds"] for found in limit),
+        "rows_per_s": rows / statistics.median(one["seconds"] for one in ours),
+        "rows_per_s_polars": rows / statistics.median(one["seconds"] for one in limit),
         "share": statistics.median(shares),
         "shares": shares,
-        "peak_gib": max(found["peak_gib"] for found in ours),
-        "peak_gib_polars": max(found["peak_gib"] for found in limit),
+        # of processor time: what other work on the machine does not change
+        "cpu_share": statistics.median(theirs["cpu_s"] / own["cpu_s"] for theirs, own in zip(limit, ours, strict=True)),
+        "peak_gib": max(one["peak_gib"] for one in ours),
+        "peak_gib_polars": max(one["peak_gib"] for one in limit),
         "ours": ours,
         "limit": limit,
     }
+    if upkeep:
+        found["compact"] = in_child(HERE, "compact", target=str(log))
+        found["retain"] = in_child(HERE, "retain", target=str(log), last=100)
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -74,13 +95,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--buckets", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--upkeep", action=argparse.BooleanOptionalAction, default=True, help="compact and retain as well"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "scale")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale" / "ingest.json")
     given = parser.parse_args(arguments)
-    sizes = []
-    for tasks in given.tasks:
-        sizes.append(measure(given.folder, tasks, given.buckets, given.repeats))
-        print({name: value for name, value in sizes[-1].items() if name not in ("ours", "limit")}, flush=True)
-    result = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "sizes": sizes}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sizes = {one["tasks"]: one for one in json.loads(given.out.read_text())["sizes"]} if given.out.exists() else {}
+    for tasks in given.tasks:  # a size that was measured before, and is not asked for, stays
+        sizes[tasks] = measure(given.folder, tasks, given.buckets, given.repeats, given.upkeep)
+        print({name: value for name, value in sizes[tasks].items() if name not in ("ours", "limit")}, flush=True)
+        smallest = sizes[min(sizes)]
+        for one in sizes.values():  # 1 where the time grows as the rows do
+            one["time_per_row_of_smallest"] = smallest["rows_per_s"] / one["rows_per_s"]
+        result = {
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "sizes": [sizes[number] for number in sorted(sizes)],
+        }
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -95,7 +95,7 @@ class LogFiles:
         if self.buckets <= 2**16:
             buckets = buckets.astype(np.uint16)  # sorted by a counting sort
         order = pl.Series(np.argsort(buckets, kind="stable").astype(np.uint32))
-        ordered = frame.select(pl.all().gather(order))
+        ordered = frame.rechunk()[order]
         if numbered:
             ordered = ordered.with_columns(pl.lit(number, pl.UInt32).alias(APPEND))
         return ordered, np.append(0, np.cumsum(np.bincount(buckets, minlength=self.buckets)))

