@@ -1,6 +1,6 @@
 """One part of the work at a size of one's choice, in processes of their own, and what it took:
 
-    python -m benchmarks.scale --part ingest [--tasks 100000 1000000] [--folder FOLDER] [--out benchmarks/results/scale/ingest.json]
+    python -m benchmarks.scale --part ingest [--tasks 100000 1000000] [--folder FOLDER]
 
 Each part reads the rest of the command line itself; `--part NAME --help` lists what it takes. The interactions are synthetic
 (benchmarks/scale/workload.py), made in pieces, and stay in `--folder`, where the next part finds them.
