@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limaml.errors import ConfigError, DataError
+from limaml.errors import ConfigError, DataError, StoreError
+from limaml.interactions import log as log_module
 from limaml.interactions import log_compact
 from limaml.interactions.log import InteractionLog
+from limaml.interactions.log_manifest import Manifest
 
 NOW = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
 DAY = 86_400
@@ -24,6 +27,7 @@ def events(*rows: tuple[str, int]) -> pl.DataFrame:
 
 
 Rows = list[tuple[str, int]]
+Write = Callable[[Path, Manifest], None]
 
 
 @settings(deadline=None, max_examples=25)
@@ -106,6 +110,37 @@ def test_an_age_in_any_kind_of_time(tmp_path: Path, times: pl.Series, unit: str 
     log.append(pl.DataFrame({"user": [1, 2], "time": times}))
     log.retain("time", newer_than=dt.timedelta(days=90), now=NOW, unit=unit)  # type: ignore[arg-type]
     assert log.read()["user"].to_list() == [1]
+
+
+def test_stopped_at_any_step_a_retention_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops it is a fault at the n-th write of the manifest, before anything is renamed."""
+    frame = pl.DataFrame({"user": [n % 20 for n in range(400)], "n": range(400)})
+    expected = frame.filter(pl.col("n") >= 400 - 20 * 3)
+    for step in range(1, 6):
+        log = InteractionLog(tmp_path / str(step), "user", 4)
+        log.append(frame[:300])
+        log.append(frame[300:], positions={"s": 1})
+        calls = 0
+        write = log_module.write_manifest
+
+        def failing(path: Path, manifest: Manifest, step: int = step, write: Write = write) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                raise StoreError("the disk is gone")
+            write(path, manifest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(log_module, "write_manifest", failing)
+            with pytest.raises(StoreError, match="the disk is gone"):
+                log.retain("n", last=3)
+        there = log.read()
+        assert log.verify() == there.height > expected.height
+        assert set(expected["n"]) <= set(there["n"]) and there["n"].is_unique().all()
+        named = {file.path for file in log.contents().files}
+        assert {path.relative_to(log.folder).as_posix() for path in (log.folder / "data").glob("*/*")} == named
+        assert log.retain("n", last=3).removed == there.height - expected.height
+        assert log.read().sort("n").equals(expected)
 
 
 def test_what_cannot_be_meant_is_refused_and_nothing_is_removed(tmp_path: Path) -> None:
