@@ -5,6 +5,7 @@
 # make format  put the format right
 # make bench-engine  the engine against its peers, on one thread, about 10 minutes
 # make bench-serving   an online request, a refresh, a stream and the store, each beside its limit and its peers, about 20 minutes
+# make bench-scale  ingest, training and generation out of a log of 10⁵ tasks and more, beside their limits
 # make results  every method on every data set in LIMAML_DATA (default ./data), and docs/results.md: hours; goes on where it was killed
 # make proto   compile gRPC's messages again, after a change of limaml/serving/protocol/*.proto
 # make clean   remove the environment and what was made
@@ -17,7 +18,7 @@ READY := .venv/.ready
 # One thread per process: the comparison and the tests run several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-faults lint format bench-engine bench-serving results proto clean
+.PHONY: help demo test test-faults lint format bench-engine bench-serving bench-scale results proto clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -60,6 +61,9 @@ bench-serving: $(READY)
 	$(BIN)/python -m benchmarks.refresh
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.store
+
+bench-scale: $(READY)
+	for part in ingest train generate; do $(BIN)/python -m benchmarks.scale --part $$part || exit 1; done
 
 results: $(READY)
 	$(BIN)/python -m benchmarks.evidence
