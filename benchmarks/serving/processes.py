@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Ports", "cpu_seconds", "said_ports", "waiting_for"]
+__all__ = ["Ports", "cpu_seconds", "numbers_of", "said_ports", "waiting_for"]
 
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)(?: and grpc://127\.0\.0\.1:(\d+))?")
 
@@ -82,6 +82,13 @@ def waiting_for(command: Sequence[str], core: int | None, url: str, seconds: flo
                     raise RuntimeError(f"{' '.join(command)} does not answer at {url}.") from None
                 time.sleep(0.2)
         yield
+
+
+def numbers_of(port: int) -> dict[str, float]:
+    """What a server says of itself at /metrics: name with labels → value."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
 
 def cpu_seconds(process: subprocess.Popen[str]) -> float:
