@@ -21,6 +21,7 @@ from limaml.cli.demo import demo_command
 from limaml.cli.embed import embed_command
 from limaml.cli.export import export_command
 from limaml.cli.log import log_app
+from limaml.cli.plan import plan_command
 from limaml.cli.recommend import recommend_command
 from limaml.cli.refresh import refresh_command
 from limaml.cli.replay import replay_command
@@ -76,6 +77,7 @@ app.command(check_served_command, name="check-served")
 app.command(store_app)
 app.command(windows_app)
 app.command(log_app)
+app.command(plan_command, name="plan")
 app.command(demo_command, name="demo")
 
 
