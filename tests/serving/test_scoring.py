@@ -16,7 +16,7 @@ from published import Small, publish_small, small
 import limaml
 from limaml.errors import DataError
 from limaml.interactions import Encoder, Feature, task_keys
-from limaml.interactions.codecs import fit_codec
+from limaml.interactions.fitting import fit_of
 from limaml.meta.saved import TrainedModel
 from limaml.serving.columns import Column, Lookup, columns_of, keys_of
 from limaml.serving.packed_batch import FEW
@@ -157,7 +157,9 @@ def test_look_ups_encode_as_the_encoder_does(asked: list[pl.Series], fitted: pl.
         options: dict[str, Any] = {"buckets": 7} if hashed and kind is not FeatureKind.NUMERIC else {}
         feature = Feature(name="value", kind=kind, length=3, **options)
         try:
-            codec = fit_codec(feature, fitted, np.ones(len(fitted), np.int64))
+            fit, distinct = fit_of(feature), fitted.unique(maintain_order=True)
+            fit.add(distinct, np.ones(len(distinct), np.int64))
+            codec = fit.codec()
         except DataError:
             continue
         encoder = Encoder(limaml.Schema(tasks=("t",), labels=("y",), features=(feature,)), {"value": codec})
