@@ -67,7 +67,10 @@ def generate(folder: str, engine: str, workers: int, keep: bool) -> dict[str, An
     shutil.rmtree(place / "generation", ignore_errors=True)
     trained = limaml.load_model(place / "model")
 
+    first: list[float] = []
+
     def look(_name: str, _done: int, _of: int) -> None:
+        first.append(time.perf_counter())
         for process in {*peaks, os.getpid(), *_children()}:
             peaks[process] = max(peaks.get(process, 0.0), _peak_gib(process))
 
@@ -82,14 +85,17 @@ def generate(folder: str, engine: str, workers: int, keep: bool) -> dict[str, An
         workers=workers,
         progress=look,
     ) as made:
-        seconds = time.perf_counter() - begun
+        ended = time.perf_counter()
         shards: Sequence[Made] = made.shards
         tasks = sum(shard.tasks for shard in shards)
         if not keep:
             made.clear()
+    seconds, alone = ended - begun, min(shard.seconds["all"] for shard in shards)
     spent = {what: sum(shard.seconds[what] for shard in shards) for what in shards[0].seconds}
     return {
         "seconds": seconds,
+        "starting_s": max(0.0, first[0] - begun - alone),  # processes, imports, the model; until the first job begins
+        "working_s": min(seconds, ended - first[0] + alone),
         "tasks": tasks,
         "tasks_per_s": tasks / seconds,
         "spent": spent,
@@ -193,12 +199,14 @@ def measure(
         "in_engine": one["in_engine"],
         "tasks_per_s": {f"{engine} {number}": run["tasks_per_s"] for (engine, number), run in best.items()},
         "two_against_one": {
-            engine: best[engine, 1]["seconds"] / best[engine, 2]["seconds"]
+            engine: {what: best[engine, 1][what] / best[engine, 2][what] for what in ("seconds", "working_s")}
             for engine in engines
             if (engine, 1) in best and (engine, 2) in best
         },
         "ray_against_local": {
-            str(number): best["ray", number]["seconds"] / best["local", number]["seconds"]
+            str(number): {
+                what: best["ray", number][what] / best["local", number][what] for what in ("seconds", "working_s")
+            }
             for number in workers
             if ("ray", number) in best and ("local", number) in best
         },

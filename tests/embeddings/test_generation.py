@@ -40,13 +40,12 @@ BOTH = ("user_id", "item_id")
         ({"solver": "newton", "half_life": 20.0}, True),
         ({"solver": "gradient"}, False),
         ({"solver": "newton", "tasks": BOTH}, True),
-        ({"solver": "gradient", "tasks": BOTH}, False),
         ({"solver": "newton", "tasks": ("user_id+item_id",)}, False),
         ({"time": None, "tasks": BOTH, "half_life": 2.0}, False),
         ({"rows": TEXT, "half_life": 2.0}, False),
         ({"rows": HALVES, "half_life": 2.0}, False),
     ],
-    ids=["newton", "posteriors", "gradient", "two types", "two, gradient", "compound", "no time", "text", "halves"],
+    ids=["newton", "posteriors", "gradient", "two types", "compound", "no time", "text", "halves"],
 )
 def test_shards_give_what_one_table_in_memory_gives(
     world: Callable[..., World], settings: dict[str, object], uncertainty: bool, monkeypatch: pytest.MonkeyPatch

@@ -62,7 +62,7 @@ def test_a_cluster_makes_what_is_made_here_also_when_an_actor_is_killed(
                     os.kill(made.process, signal.SIGKILL)  # in the middle of its next job, or as it takes it
         assert len(by) == 4 and len(set(by)) > 1
         assert len(whole_shards(spool.shards)) == 4
-    made = one.publish(engine_name="ray", address=address)
+    made = one.publish(engine_name="ray", address=address, workers=1)
     assert made.kept == 4 and len(made.shards) == 8
     one.assert_as_in_memory()
 
