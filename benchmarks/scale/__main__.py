@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[[Sequence[str]], None]] = {
     "ingest": _part("ingest"),
     "generate": _part("generate"),
     "train": _part("train"),
+    "plan": _part("plan"),
 }
 
 
