@@ -14,7 +14,7 @@ import polars as pl
 from benchmarks.evidence.plan import MAIN, PROTOCOLS, Goal, Scale
 from benchmarks.evidence.results import Entry
 from benchmarks.evidence.sets import Table, source_of
-from benchmarks.evidence.units import Cache, Runnable, Unit, trained_on
+from benchmarks.evidence.units import Cache, Runnable, Unit, trained_on, trained_where
 from limaml.config import parse_config
 from limaml.errors import LimamlError
 from limaml.evaluate.bootstrap import ALL
@@ -52,7 +52,7 @@ class RankUnit(Unit):
         except LimamlError as error:
             found["error"] = str(error)
         of = {"dataset": self.dataset, "protocol": self.protocol, "method": self.method, "seed": self.seed}
-        result = {"kind": self.kind, **of, **found}
+        result = {"kind": self.kind, **of, **trained_where(device), **found}
         Cache(folder).write(self.key, result, arrays)
         return result
 

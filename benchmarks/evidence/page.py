@@ -44,6 +44,13 @@ def page(results: Results, pictures: Sequence[str] = ()) -> str:
 
 def _lead(results: Results) -> list[str]:
     first = next(iter(results.values()))
+    elsewhere: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for judged in result["protocols"].values():
+            for device in {d for method in judged["methods"].values() for d in method.get("trained_on", [])}:
+                elsewhere.setdefault(device, [])
+                if name not in elsewhere[device]:
+                    elsewhere[device].append(name)
     machines = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in results.values()})
     versions = first["versions"]
     scale = first["scale"]
@@ -59,7 +66,8 @@ def _lead(results: Results) -> list[str]:
         f"{scale['seeds']} seeds, and judged once on test rows that nothing has seen. Intervals are 95 %, from {scale['replicates']:,} "
         "resamples of the members, paired: they hold the chance of which members are there; the chance in training is averaged over the "
         f"seeds. P-values come from the same resamples and cannot be below 2 / {scale['replicates'] + 1:,}. LiMAML is, on each set, the "
-        "solver that the validation rows liked better.",
+        "solver that the validation rows liked better."
+        + "".join(f" Blocks of {', '.join(sets)} were trained on {device}." for device, sets in elsewhere.items()),
     ]
 
 

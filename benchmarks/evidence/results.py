@@ -53,6 +53,7 @@ def result_of(
                 own = [cache.get(unit.key) or {} for unit in units if unit.method == method]
                 judged["methods"][method]["cpu_seconds"] = float(np.mean([r["cpu_seconds"] for r in own]))
                 judged["methods"][method]["epochs"] = own[0]["epochs"]
+                judged["methods"][method]["trained_on"] = sorted({r["trained_on"] for r in own if "trained_on" in r})
             result["protocols"][protocol] = judged
     result["ablations"] = _ablations([goal for goal in mine if goal.variant is not None], plain, cache, scale, before)
     for part in ("replay", "implicit"):  # written by their own modules

@@ -32,7 +32,7 @@ from limaml.meta import logit_sd
 from limaml.store.packing import pack, unpack
 from limaml.tasks import TaskRows
 
-__all__ = ["READINGS", "Cache", "Runnable", "Unit", "trained_on", "trial_unit", "unit_of"]
+__all__ = ["READINGS", "Cache", "Runnable", "Unit", "trained_on", "trained_where", "trial_unit", "unit_of"]
 
 VERSIONS: dict[str, int] = {"trial": 2, "test": 2, "replay": 2, "implicit": 2}
 """Method or part → a number to raise when its code or its defaults change what it predicts; 1 unless named here. Together
@@ -137,7 +137,7 @@ class Unit:
         except LimamlError as error:
             found["error"] = str(error)
         of = {"dataset": self.dataset, "protocol": self.protocol, "method": self.method, "seed": self.seed}
-        result = {"kind": self.kind, **of, "settings": json.loads(self.settings), **found}
+        result = {"kind": self.kind, **of, "settings": json.loads(self.settings), **trained_where(device), **found}
         Cache(folder).write(self.key, result, arrays)
         return result
 
@@ -178,6 +178,14 @@ def trained_on(device: str, config: str) -> str:
     given = json.loads(config)
     given["train"] = {**given.get("train", {}), "device": device}
     return json.dumps(given)
+
+
+def trained_where(device: str) -> dict[str, str]:
+    """What a result says of a device that is not the processor: `trained_on`."""
+    if torch.device(device).type == "cpu":
+        return {}
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+    return {"trained_on": f"{name}, PyTorch {torch.__version__}"}
 
 
 @torch.no_grad()

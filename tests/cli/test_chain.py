@@ -324,7 +324,7 @@ def test_the_windows_can_be_looked_at_and_made_anew(run: Path, tables: Tables, c
     assert made.code == 0 and "made windows of 60 'user_id'" in made.out, made.err
     assert command("windows", "show", run, "--task", "12", "--rows", 3).out == one.out
     rows = limaml.InteractionLog(run / "log").rows
-    assert "rows were written again" in command("data", "compact", run).out
+    assert "rows were written again" in command("log", "compact", run).out
     assert limaml.InteractionLog(run / "log").verify() == rows
 
 
