@@ -34,7 +34,7 @@ def generate(
     among: TaskRows,
     tasks: Tensor | None = None,
     *,
-    rows_per_chunk: int = 65536,
+    rows_per_chunk: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     uncertainty: bool = False,
 ) -> Generated:
