@@ -25,8 +25,13 @@ Wait = Annotated[float, Parameter(help="Seconds to wait while another process wr
 log_app = App(name="log", help="The interaction log: take files in, look, verify, fold, keep only what is young.")
 
 
+def _place(folder: Path) -> Path:
+    """The log's own folder, of it or of a run."""
+    return folder / "log" if (folder / "log" / "manifest.json").exists() else folder
+
+
 def _opened(folder: Path) -> InteractionLog:
-    return InteractionLog(folder / "log" if (folder / "log" / "manifest.json").exists() else folder)
+    return InteractionLog(_place(folder))
 
 
 @log_app.command
@@ -50,8 +55,7 @@ def append(
 
     `limaml log append logs/clicks "s3://bucket/clicks/day=*/" --task user_id --buckets 64`
     """
-    there = folder / "log" if (folder / "log" / "manifest.json").exists() else folder
-    log = InteractionLog(there, None if task is None else task.split("+"), buckets)
+    log = InteractionLog(_place(folder), None if task is None else task.split("+"), buckets)
     if memory < 1:
         raise ConfigError(f"--memory is {memory}; give at least 1 MiB.")
     with counting("read:") as show:

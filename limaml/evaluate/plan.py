@@ -183,13 +183,12 @@ def plan(demand: Demand, costs: UnitCosts, prices: Prices = Prices()) -> Planned
         f"read {rows_kept / costs.read_rows / 3600:,.1f} + adapt {members:,.0f} · {each * 1e6:,.0f} µs = "
         f"{members * each / 3600:,.1f} + publish {members / costs.put_tasks / 3600:,.1f}",
     )
-    full_machines = add(
+    add(
         "machines, full generation",
         math.ceil(full * 3600 / d.full_within / d.busy / d.machine_cores),
         f"of {d.machine_cores} cores",
         f"{full:,.1f} core-hours within {d.full_within / 3600:g} h at {d.busy:.0%}",
     )
-    del full_machines
     per_period = d.interactions_per_day * d.refresh / DAY
     acted = add(
         "touched members",
