@@ -27,6 +27,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
+from limaml.evaluate.machine import processor_name
 from limaml.store import Store, open_store
 from limaml.store.batch import Layout, prepare
 from tests.store.servers import cluster, redis, valkey
@@ -271,17 +272,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "store.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "store-benchmark.md")
     given = parser.parse_args()
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
     found: dict[str, Any] = {
         "command": "python -m benchmarks.store " + " ".join(sys.argv[1:]),
-        "machine": f"{processor}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} core(s) for the client",
+        "machine": f"{processor_name()}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} core(s) for the client",
         "tasks": given.tasks,
         "redis_tasks": given.redis_tasks,
         "feast_tasks": given.feast_tasks,

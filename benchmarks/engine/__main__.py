@@ -27,6 +27,7 @@ from benchmarks.engine.profile import profiles
 from benchmarks.engine.scaling import scaling
 from benchmarks.engine.suite import Plan, cases, compare, table_of
 from benchmarks.engine.table import page
+from limaml.evaluate.machine import processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Plan(generate_tasks=256, train_tasks=128, repetitions=3, seconds_each=0.4, steps=(3,), memory=False)
@@ -62,16 +63,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return Plan(**{**asdict(plan), **changes})
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-
-
 def _machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "memory_gib": memory,
         "capability": torch.backends.cpu.get_cpu_capability(),

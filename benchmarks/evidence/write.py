@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from limaml.cli.environment import environment
 from limaml.errors import MissingExtra
 from limaml.evaluate import summarise, write_report
 from limaml.evaluate.compare import start_worker
+from limaml.evaluate.machine import processor_name
 
 __all__ = ["in_order", "write_results"]
 
@@ -94,7 +94,4 @@ def _report(
 
 
 def _machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count()}
+    return {"cpu": processor_name(), "cores": os.cpu_count()}

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.serving.load import Load, Measured, drive
 from benchmarks.serving.peers import MLFLOW, mlflow_command, mlflow_environment, mlflow_message
 from benchmarks.serving.processes import Ports, cpu_seconds, numbers_of, said_ports, waiting_for
 from benchmarks.serving.workload import World, bare_forward, grpc_message, http_message, make_world
+from limaml.evaluate.machine import processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CONNECTIONS = 8
@@ -233,12 +233,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def machine() -> str:
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            name = line.partition(": ")[2]
-            break
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def main() -> None:

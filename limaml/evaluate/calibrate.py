@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import torch
 from limaml.config import parse_config
 from limaml.embeddings.generate import generate
 from limaml.embeddings.publish import publish
+from limaml.evaluate.machine import processor_name
 from limaml.evaluate.plan import AdaptCost, UnitCosts
 from limaml.interactions import InteractionLog, infer_schema
 from limaml.meta import TrainedModel, train
@@ -84,7 +84,7 @@ def _calibrated(
     progress("the store")
     put, upsert, request = _stored(folder, trained, data, frame, dims[-1], repetitions)
     return UnitCosts(
-        machine=_machine(),
+        machine=processor_name(),
         cores=os.cpu_count() or 1,
         date=datetime.date.today().isoformat(),
         solver=solver,
@@ -188,9 +188,3 @@ def _stored(
         with Predictor(store, "model") as predictor:
             request = _seconds(lambda: predictor.score(asked), 20 * repetitions)
     return many / put_seconds, len(keys) / upsert_seconds, request
-
-
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
