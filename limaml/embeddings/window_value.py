@@ -14,10 +14,11 @@ from operator import itemgetter
 
 import numpy as np
 
-__all__ = ["INDEX", "Row", "count_of", "extended", "newest_of", "parts_of", "revision_of", "unseen"]
+__all__ = ["HEAD", "INDEX", "Row", "count_of", "extended", "newest_of", "parts_of", "revision_of", "unseen"]
 
 _HEAD = struct.Struct("<QQI")
 _ENTRY = struct.Struct("<qII")
+HEAD = np.dtype([("count", "<u8"), ("changed", "<u8"), ("rows", "<u4")])
 INDEX = np.dtype([("time", "<i8"), ("bucket", "<u4"), ("size", "<u4")])
 
 Row = tuple[int, int, bytes]

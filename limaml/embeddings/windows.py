@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from limaml.embeddings.window_build import built, first_of_equals
 from limaml.embeddings.window_database import Layout, WindowDatabase, WindowState
 from limaml.embeddings.window_value import INDEX, Row, count_of, extended, newest_of, parts_of, unseen
 from limaml.errors import ConfigError, DataError
@@ -32,6 +33,9 @@ ROWS_PER_STEP = 200_000
 TASKS_PER_LOOK = 4096
 REBUILD_WAIT_S = 3600.0
 ASKED = "it was asked for"
+
+Change = tuple[int, str, bytes, bytes | None]
+"""Number of the task type, the task, its window, and the one before."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,21 @@ class WindowRows:
     owner: NDArray[np.int64]  # [rows] position among the tasks, ascending
     count: NDArray[np.int64]  # [tasks] distinct interactions, those beyond the window included
     newest: NDArray[np.int64]  # [tasks] time of the newest; 0 for a task without interactions
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Rows of the log that windows take in."""
+
+    rows: pl.DataFrame
+    times: NDArray[np.int64]
+    buckets: NDArray[np.int64]
+    appends: NDArray[np.int64]
+
+    def order(self, kept: NDArray[np.int64]) -> list[int]:
+        """The rows `kept`, ascending, by time and bucket; as appended, where both tie."""
+        found: list[int] = kept[np.lexsort((self.buckets[kept], self.times[kept]))].tolist()
+        return found
 
 
 class Windows:
@@ -145,33 +164,27 @@ class Windows:
         """Take rows in, with their `APPEND` column: rows, duplicates, tasks read again; None if somebody was faster.
 
         `whole`: they are all rows of the log's buckets that they are in."""
-        given = self.log.unforgotten(frame) if frame is not None else None
-        if given is None or not given.height:
+        taken = self._taken(frame)
+        if taken is None:
             return (0, 0, 0) if self._database.put(state, replace(state, position=last)) else None
-        numbers = given[APPEND].to_list()
-        rows = given.drop(APPEND)
-        times, unit = time_values(rows[self._layout.time])
-        if unit == "order":
-            raise DataError(
-                f"The time column '{self._layout.time}' holds {rows[self._layout.time].dtype}, which only gives an order within one "
-                "table, so that new rows cannot be placed behind old ones. Use numbers or dates as the time."
-            )
-        buckets = self.log.bucket_of(rows)
-        packed = self._rows_codec().pack(rows)
-        order = np.lexsort((buckets, times)).tolist()  # stable: as appended, where both tie
-        entries: list[Row] = list(zip(times.tolist(), buckets.tolist(), packed, strict=True))
-        changed: list[tuple[int, str, bytes, bytes | None]] = []
-        reread, duplicates = 0, 0
-        for kind, (name, columns) in enumerate(self._layout.tasks.items()):
-            keys, codes = task_keys(rows, Task(name=name, columns=columns))
+        order, changed, reread = taken.order(np.arange(len(taken.times))), list[Change](), 0
+        kinds = list(enumerate(self._layout.tasks.items()))
+        if whole:
+            kept, changed = self._made(taken)
+            order, kinds = taken.order(kept), kinds[1:]
+        if kinds:
+            numbers = taken.appends.tolist()
+            packed = self._rows_codec().pack(taken.rows)
+            entries: list[Row] = list(zip(taken.times.tolist(), taken.buckets.tolist(), packed, strict=True))
+        for kind, (name, columns) in kinds:
+            keys, codes = task_keys(taken.rows, Task(name=name, columns=columns))
             mine: list[list[int]] = [[] for _ in keys]
             owners = codes.tolist()
             for row in order:
                 mine[owners[row]].append(row)
             olds = self._database.values(kind, keys)
             if kind == 0:
-                order, reread = self._distinct(rows, entries, mine, olds, order, state.position, whole)
-                duplicates = len(entries) - len(order)
+                order, reread = self._distinct(taken.rows, entries, mine, olds, order, state.position)
                 alive = set(order)
                 mine = [[row for row in some if row in alive] for some in mine]
             for key, some, old in zip(keys, mine, olds, strict=True):
@@ -180,10 +193,33 @@ class Windows:
                 newest_append = max(numbers[row] for row in some)
                 new = extended(old, [entries[row] for row in some], self._layout.keep, newest_append)
                 changed.append((kind, key, new, old))
-        latest = int(times[order].max()) if len(order) else None
+        latest = int(taken.times[order].max()) if len(order) else None
         newest = max((t for t in (state.newest, latest) if t is not None), default=None)
         done = self._database.put(state, replace(state, position=last, newest=newest), changed)
-        return (len(entries), duplicates, reread) if done else None
+        return (len(taken.times), len(taken.times) - len(order), reread) if done else None
+
+    def _taken(self, frame: pl.DataFrame | None) -> _Taken | None:
+        """The rows of `frame` that nobody has had forgotten; None if there are none."""
+        given = self.log.unforgotten(frame) if frame is not None else None
+        if given is None or not given.height:
+            return None
+        rows = given.drop(APPEND)
+        times, unit = time_values(rows[self._layout.time])
+        if unit == "order":
+            raise DataError(
+                f"The time column '{self._layout.time}' holds {rows[self._layout.time].dtype}, which only gives an order within one "
+                "table, so that new rows cannot be placed behind old ones. Use numbers or dates as the time."
+            )
+        return _Taken(rows, times, self.log.bucket_of(rows).astype(np.int64), given[APPEND].cast(pl.Int64).to_numpy())
+
+    def _made(self, taken: _Taken) -> tuple[NDArray[np.int64], list[Change]]:
+        """The rows that no earlier one equals, and the windows of the first task type, of whose tasks nothing is there yet."""
+        name, columns = next(iter(self._layout.tasks.items()))
+        keys, codes = task_keys(taken.rows, Task(name=name, columns=columns))
+        place, codec = (taken.times, taken.buckets, codes), self._rows_codec()
+        order = first_of_equals(taken.rows, *place, codec)
+        windows = built(taken.rows, order, *place, taken.appends, codec, self._layout.keep)
+        return np.sort(order), [(0, key, window, None) for key, window in zip(keys, windows, strict=True)]
 
     def _distinct(
         self,
@@ -193,7 +229,6 @@ class Windows:
         olds: Sequence[bytes | None],
         order: list[int],
         position: int,
-        whole: bool,
     ) -> tuple[list[int], int]:
         """The rows, in `order`, that no earlier row equals; and how many tasks were read again to know.
 
@@ -202,7 +237,7 @@ class Windows:
         gone: set[int] = set()
         unsure: list[int] = []
         for task, (some, old) in enumerate(zip(mine, olds, strict=True)):
-            fresh, sure = unseen(None if whole else old, [entries[row] for row in some])
+            fresh, sure = unseen(old, [entries[row] for row in some])
             if not sure:
                 unsure.append(task)
             elif len(fresh) < len(some):

@@ -57,6 +57,20 @@ class RowCodec:
 
     def pack(self, frame: pl.DataFrame) -> list[bytes]:
         """The rows of `frame`, whose columns are the schema's in any order."""
+        whole, size, varying = self._packed_parts(frame)
+        heads = [whole[at : at + size] for at in range(0, len(whole), size)]
+        return [b"".join(parts) for parts in zip(heads, *varying, strict=True)] if varying else heads
+
+    def pack_joined(self, frame: pl.DataFrame) -> tuple[bytes, NDArray[np.int64]]:
+        """The rows of `frame` one after the other, and the bytes of each, `[rows]`."""
+        if self._varying:
+            rows = self.pack(frame)
+            return b"".join(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+        whole, size, _ = self._packed_parts(frame)
+        return whole, np.full(frame.height, size)
+
+    def _packed_parts(self, frame: pl.DataFrame) -> tuple[bytes, int, list[Values]]:
+        """The heads of all rows, the bytes of each head, and what follows it, by column."""
         record = np.zeros(frame.height, self._record)
         absent = [frame[name].is_null().to_numpy() for name in self._nullable]
         if absent and frame.height:
@@ -68,9 +82,7 @@ class RowCodec:
         varying = [_encode(frame[name]) for name in self._varying]
         for i, column in enumerate(varying):
             record[f"n{i}"] = [len(value) for value in column]
-        size, whole = self._record.itemsize, record.tobytes()
-        heads = [whole[at : at + size] for at in range(0, len(whole), size)]
-        return [b"".join(parts) for parts in zip(heads, *varying, strict=True)] if varying else heads
+        return record.tobytes(), self._record.itemsize, varying
 
     def unpack(self, packed: bytes, starts: NDArray[np.int64], columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The rows that begin at `starts` `[rows]` of `packed`, in that order; only `columns`, where they are given."""
