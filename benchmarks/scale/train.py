@@ -41,8 +41,9 @@ def prepare(folder: str, source: str, tasks: int, buckets: int) -> dict[str, Any
         log.append_all([source])
     side = place / f"side-{tasks}"
     side.mkdir(exist_ok=True)
-    members(tasks).write_parquet(side / "user_id.parquet")
-    items().write_parquet(side / "item_id.parquet")
+    for key, table in {"user_id": members(tasks), "item_id": items()}.items():
+        table.write_parquet(side / f"{key}.parquet")
+    (side / "tables.json").write_text(json.dumps({key: f"{key}.parquet" for key in ("user_id", "item_id")}))
     return {"rows": log.rows}
 
 
@@ -77,14 +78,14 @@ def epoch(folder: str, tasks: int, sample: int, solver: str) -> dict[str, Any]:
     from limaml.interactions import Schema
     from limaml.interactions.buckets import LogBuckets
     from limaml.interactions.log import InteractionLog
+    from limaml.interactions.side_tables import SideTables
     from limaml.meta.outer import Progress
     from limaml.meta.train import train
 
     place = Path(folder)
     told = {"tasks": ["user_id"], "labels": ["click"], "row": "item_id", "time": "time", "features": FEATURES}
     schema, log = Schema.model_validate(told), InteractionLog(place / f"log-{tasks}")
-    tables = {key: place / f"side-{tasks}" / f"{key}.parquet" for key in ("user_id", "item_id")}
-    buckets = Counted(LogBuckets(log, schema, log.position, tables))
+    buckets = Counted(LogBuckets(log, schema, log.position, SideTables(place / f"side-{tasks}")))
     config = parse_config({"adapt": {"solver": solver}, "train": {"epochs": 1, "tasks_per_epoch": sample}})
     surveyed: list[tuple[float, int, int]] = []
     last: list[Progress] = []

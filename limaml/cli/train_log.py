@@ -16,6 +16,7 @@ from limaml.interactions import InteractionLog, Schema, prepare, read_table
 from limaml.interactions.atomic_files import file_sha256, written
 from limaml.interactions.buckets import LogBuckets, rows_needed
 from limaml.interactions.check import check
+from limaml.interactions.side_tables import SideTables
 from limaml.meta.distributed import Ranks
 from limaml.types import ROW
 
@@ -37,6 +38,7 @@ class LogSource:
     """A log that a run trains on, as it was when the run began; the run's side tables are in their place already."""
 
     buckets: LogBuckets
+    tables: Mapping[str, Path]  # side tables by the key that joins them
     notes: tuple[str, ...]
     digest: str  # what tells these rows from all others
 
@@ -61,7 +63,8 @@ class LogSource:
         schema, notes = _schema(log, position, options, tables)
         given = [path for path in (options.task_features, options.row_features) if path is not None and path.is_file()]
         digest = " ".join([log.id, str(position), *map(file_sha256, given)])
-        return LogSource(LogBuckets(log, schema, position, tables), tuple(notes), digest)
+        side = SideTables(place.folder / "side")
+        return LogSource(LogBuckets(log, schema, position, side), tables, tuple(notes), digest)
 
     def look(self, number: int, frame: pl.DataFrame) -> None:
         """Refuse a bucket with rows that would spoil training."""
@@ -84,9 +87,9 @@ class LogSource:
             latest = ordered.unique(schema.row, keep="last", maintain_order=True)
         assert latest is not None
         found = latest.select(columns)
-        if schema.row in self.buckets.tables:
+        if schema.row in self.tables:
             taken = {schema.row, *self.buckets.log.schema, *found.columns}
-            table = self.buckets.tables[schema.row]
+            table = self.tables[schema.row]
             more = [name for name in pl.read_parquet_schema(table) if name not in taken]
             if more:
                 extra = rows_needed(found, schema.row, table, more)

@@ -15,11 +15,11 @@ import polars as pl
 
 from limaml.errors import ConfigError, DataError
 from limaml.interactions.check import clean
-from limaml.interactions.join import join_tables
 from limaml.interactions.log import InteractionLog
 from limaml.interactions.schema import Schema
+from limaml.interactions.side_tables import SideTables
 
-__all__ = ["Buckets", "LogBuckets", "OneBucket", "joined_as_wanted", "rows_needed"]
+__all__ = ["Buckets", "LogBuckets", "OneBucket", "rows_needed"]
 
 
 class Buckets(Protocol):
@@ -59,14 +59,14 @@ class OneBucket:
 class LogBuckets:
     """The buckets of an interaction log, as it was at append `through`.
 
-    `tables` are side tables as Parquet files, by the key that joins them; of each only the rows and columns are read that a
-    bucket needs. Exact duplicates are dropped: equal rows are rows of one task, and so of one bucket.
+    Of the `side` tables only those columns are joined that the schema reads. Exact duplicates are dropped: equal rows are rows of
+    one task, and so of one bucket.
     """
 
     log: InteractionLog
     schema: Schema
     through: int
-    tables: Mapping[str, Path] = field(default_factory=dict)
+    side: SideTables = field(default_factory=lambda: SideTables(None))
 
     def __post_init__(self) -> None:
         if self.log.task_columns != self.schema.tasks[0].columns:
@@ -88,7 +88,7 @@ class LogBuckets:
 
     def read(self, number: int) -> pl.DataFrame:
         frame = self.log.bucket(number, through=self.through)
-        return clean(joined_as_wanted(frame, self.tables, wanted_columns(self.schema)), self.schema)[0]
+        return clean(self.side.join(frame, wanted_columns(self.schema)), self.schema)[0]
 
 
 def wanted_columns(schema: Schema) -> set[str]:
@@ -96,22 +96,6 @@ def wanted_columns(schema: Schema) -> set[str]:
     named = {column for task in schema.tasks for column in task.columns} | {label.column for label in schema.labels}
     named |= {feature.column for feature in schema.features}
     return named | {name for name in (schema.time, schema.row, schema.weight, schema.offset) if name is not None}
-
-
-def joined_as_wanted(frame: pl.DataFrame, tables: Mapping[str, Path], wanted: set[str]) -> pl.DataFrame:
-    """`frame` with those columns of the side tables that are `wanted`: of the tables no more is read than its rows need.
-
-    A column that stands in both is the frame's; the table's is called `<column>_of_<key>`, as `join_tables` calls it.
-    """
-    for key, path in tables.items():
-        names = [key] if key in frame.columns else key.split("+")
-        own = [name for name in pl.read_parquet_schema(path) if name not in names]
-        called = {name: f"{name}_of_{key}" if name in frame.columns else name for name in own}
-        needed = {name: new for name, new in called.items() if new in wanted}
-        if needed:
-            table = rows_needed(frame, key, path, list(needed)).rename(needed)
-            frame = join_tables(frame, {key: table}).frame
-    return frame
 
 
 def rows_needed(frame: pl.DataFrame, key: str, path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
@@ -127,5 +111,5 @@ def rows_needed(frame: pl.DataFrame, key: str, path: Path, columns: Sequence[str
 
 
 def _same_types(frame: pl.DataFrame, types: Mapping[str, pl.DataType], names: Sequence[str]) -> bool:
-    """Whether keys can be matched as they are; others are compared as text, by `join_tables`."""
+    """Whether keys can be matched as they are; others are compared as text, by whoever joins them."""
     return all(name in frame.columns and name in types and frame.schema[name] == types[name] for name in names)

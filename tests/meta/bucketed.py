@@ -3,6 +3,7 @@ log in FOLDER/log with checkpoints in FOLDER/checkpoint, prints a line per step,
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import limaml
 from limaml.config import Config, parse_config
 from limaml.interactions import InteractionLog, Schema
 from limaml.interactions.buckets import LogBuckets
+from limaml.interactions.side_tables import SideTables
 from limaml.meta.distributed import Ranks
 from limaml.meta.outer import Progress
 from limaml.meta.train import Training, train
@@ -32,6 +34,7 @@ def made_log(folder: Path, *, types: tuple[str, ...] = ("user_id",)) -> tuple[pl
     side.mkdir()
     for key, table in tables.items():
         table.write_parquet(side / f"{key}.parquet")
+    (side / "tables.json").write_text(json.dumps({key: f"{key}.parquet" for key in tables}), encoding="utf-8")
     schema = limaml.infer_schema(
         joined.frame,
         task=types,
@@ -50,8 +53,7 @@ def made_log(folder: Path, *, types: tuple[str, ...] = ("user_id",)) -> tuple[pl
 
 def buckets_of(folder: Path, through: int = 2) -> LogBuckets:
     schema = Schema.model_validate_json((folder / "schema.json").read_text(encoding="utf-8"))
-    tables = {path.stem: path for path in sorted((folder / "side").glob("*.parquet"))}
-    return LogBuckets(InteractionLog(folder / "log"), schema, through, tables)
+    return LogBuckets(InteractionLog(folder / "log"), schema, through, SideTables(folder / "side"))
 
 
 def settings(solver: str = "newton", **train_settings: object) -> Config:
