@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from limaml.errors import ConfigError, DataError, StoreError
 from limaml.interactions.atomic_files import locked
 from limaml.interactions.digest import ContentDigest, content_digest
-from limaml.interactions.log import InteractionLog, task_bucket
+from limaml.interactions.log import InteractionLog, buckets_for, task_bucket
 
 
 def frame(rows: int = 100, tasks: int = 17, start: int = 0) -> pl.DataFrame:
@@ -373,3 +373,8 @@ def test_files_that_no_manifest_names_are_ignored_and_then_removed(tmp_path: Pat
     assert log.rows == log.read().height == 100
     log.append(frame())
     assert not orphan.exists()
+
+
+@pytest.mark.parametrize(("rows", "buckets"), [(0, 16), (32_000_000, 16), (32_000_001, 32), (10**9, 512)])
+def test_a_longer_log_begins_with_more_buckets(rows: int, buckets: int) -> None:
+    assert buckets_for(rows) == buckets

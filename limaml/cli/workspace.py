@@ -30,6 +30,7 @@ from limaml.errors import ConfigError, DataError, StoreError
 from limaml.interactions import InteractionLog, Prepared, Schema, clean, join_tables, read_table
 from limaml.interactions.atomic_files import written
 from limaml.interactions.digest import content_digest
+from limaml.interactions.log import buckets_for
 from limaml.interactions.log_manifest import read_manifest
 from limaml.interactions.schema import Task
 from limaml.interactions.side_parts import forget_parts
@@ -95,8 +96,8 @@ class Workspace:
         Rows of two sources in one log could be the same interactions twice, and a task would be adapted on both. What
         `limaml refresh` has added stays: the model is trained again, and adapts on all that is known.
         """
-        log = self.log(prepared.schema)
-        known = read_manifest(log.folder / "manifest.json")
+        known = read_manifest(self.folder / "log" / "manifest.json")
+        log = self.log(prepared.schema, None if known is not None else buckets_for(prepared.interactions.height))
         if known is not None and known.appends and known.appends[0].digest != content_digest(prepared.interactions):
             raise ConfigError(
                 f"{log.folder} holds {known.appends[0].rows} interactions that are not those given now, and the two cannot "
@@ -140,9 +141,9 @@ class Workspace:
         columns = dict.fromkeys([schema.row, *own, *(column for column in table if column in frame.columns)])
         _write_parquet(_latest_rows(frame, schema, list(columns)), self.folder / "candidates.parquet")
 
-    def log(self, schema: Schema) -> InteractionLog:
-        """The interaction log, partitioned by the first task."""
-        return InteractionLog(self.folder / "log", list(schema.tasks[0].columns))
+    def log(self, schema: Schema, buckets: int | None = None) -> InteractionLog:
+        """The interaction log, partitioned by the first task; `buckets` of a new one."""
+        return InteractionLog(self.folder / "log", list(schema.tasks[0].columns), buckets)
 
     def add_features(self, key: str | None, table: Path) -> str:
         """Add the rows of a side table whose keys the kept one lacks; what it has stays. Returns a sentence.

@@ -39,11 +39,13 @@ from limaml.interactions.log_retain import Retained, Retention, TimeUnit, cut
 from limaml.interactions.log_sources import batches, found_sources, local_file, refuse_unreadable
 from limaml.interactions.tombstones import Tombstone, named, read_tombstones, write_tombstones
 
-__all__ = ["APPEND", "Appended", "Compacted", "InteractionLog", "task_bucket"]
+__all__ = ["APPEND", "Appended", "Compacted", "InteractionLog", "buckets_for", "task_bucket"]
 
 BATCH_ROWS = 1_000_000  # rows of a file that are read at a time
 BUFFER_BYTES = 2**29  # of rows that wait in memory to be written; the peak is about twice that
 WAIT_S = 60.0
+BUCKETS = 16  # of a log of which nothing else is said
+BUCKET_ROWS = 2_000_000  # so many rows are joined, encoded and adapted in about a gibibyte
 
 _T = TypeVar("_T")
 
@@ -55,6 +57,12 @@ class Compacted:
     before: int  # files
     after: int
     rows: int  # rows that were written again
+
+
+def buckets_for(rows: int) -> int:
+    """A number of buckets for a log that begins with so many rows: a power of two, at least `BUCKETS`, of `BUCKET_ROWS` rows or
+    fewer each, should tasks be alike."""
+    return int(max(BUCKETS, 1 << max(0, (rows - 1) // BUCKET_ROWS).bit_length()))
 
 
 class InteractionLog:
@@ -95,7 +103,7 @@ class InteractionLog:
                 "log there, remove the folder."
             )
         elif wanted:
-            self._start = Manifest(wanted, 16 if buckets is None else buckets)
+            self._start = Manifest(wanted, BUCKETS if buckets is None else buckets)
         else:
             raise ConfigError(
                 f"There is no log in {self.folder} yet. To make one, say which columns name a task: "
