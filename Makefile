@@ -63,7 +63,7 @@ bench-serving: $(READY)
 	$(BIN)/python -m benchmarks.store
 
 bench-scale: $(READY)
-	for part in ingest train generate; do $(BIN)/python -m benchmarks.scale --part $$part || exit 1; done
+	for part in ingest train generate plan page; do $(BIN)/python -m benchmarks.scale --part $$part || exit 1; done
 
 results: $(READY)
 	$(BIN)/python -m benchmarks.evidence

@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": _part("generate"),
     "train": _part("train"),
     "plan": _part("plan"),
+    "page": _part("page"),
 }
 
 

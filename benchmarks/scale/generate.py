@@ -1,12 +1,11 @@
 """Every member's embedding from a log on disk: by one process and several, here and on Ray; published; and refreshed after one
-member in a hundred acted. Each in a process of its own."""
+member in a hundred acted. Each in a process of its own. The log is the one that the part `ingest` left, if it did."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.scale.measure import in_child
-from benchmarks.scale.workload import DAYS, ITEMS, START, items, make_source, members, named, rows_of
+from benchmarks.scale.measure import RESULTS, ROOT, in_child, keep
+from benchmarks.scale.workload import DAYS, ITEMS, START, buckets_of, items, make_source, members, named, rows_of
+from limaml.interactions.log import InteractionLog
 
 HERE = "benchmarks.scale.generate"
-ROOT = Path(__file__).parent.parent.parent
 SAMPLE = 5_000  # members that the model is trained on
 ACTED = 0.01
 
@@ -29,12 +28,11 @@ def prepare(folder: str, source: str, tasks: int, buckets: int) -> dict[str, Any
     """A run folder: the log, the side tables, and a model of the default settings, trained on some members."""
     import limaml
     from limaml.config import parse_config
-    from limaml.interactions.log import InteractionLog
 
     place = Path(folder)
-    log = InteractionLog(place / "log", "user_id", buckets)
-    for file in sorted(Path(source).glob("*.parquet")):
-        log.append(file)
+    log = InteractionLog(place / "log", "user_id", None if (place / "log").exists() else buckets)
+    if not log.rows:
+        log.append_all([source])
     (place / "side").mkdir()
     tables = {"user_id": members(tasks), "item_id": items()}
     for key, table in tables.items():
@@ -53,7 +51,10 @@ def prepare(folder: str, source: str, tasks: int, buckets: int) -> dict[str, Any
         exclude=["watched"],
     ).schema
     limaml.train(joined.frame, schema, parse_config({"train": {"epochs": 1}})).save(place / "model")
-    return {"rows": log.rows, "features": [feature.name for feature in schema.features]}
+    written = sum(file.stat().st_size for file in (place / "log").rglob("*.parquet"))
+    told = {"rows": log.rows, "buckets": log.bucket_count, "log_bytes": written}
+    (place / "prepared.json").write_text(json.dumps(told))
+    return told
 
 
 def generate(folder: str, engine: str, workers: int, keep: bool) -> dict[str, Any]:
@@ -61,7 +62,6 @@ def generate(folder: str, engine: str, workers: int, keep: bool) -> dict[str, An
     import limaml
     from limaml.embeddings.generation import generation
     from limaml.embeddings.shards import Made
-    from limaml.interactions.log import InteractionLog
 
     place, peaks = Path(folder), dict[int, float]()
     shutil.rmtree(place / "generation", ignore_errors=True)
@@ -109,7 +109,6 @@ def publish(folder: str) -> dict[str, Any]:
     """The shards that are there into a new store."""
     import limaml
     from limaml.embeddings.generation import generation
-    from limaml.interactions.log import InteractionLog
 
     place = Path(folder)
     shutil.rmtree(place / "store", ignore_errors=True)
@@ -133,7 +132,6 @@ def refresh(folder: str, tasks: int) -> dict[str, Any]:
     """One member in a hundred, whoever they are, acts once."""
     import limaml
     from limaml.embeddings.refresher import Refresher
-    from limaml.interactions.log import InteractionLog
     from limaml.interactions.side_tables import SideTables
 
     place = Path(folder)
@@ -167,16 +165,23 @@ def refresh(folder: str, tasks: int) -> dict[str, Any]:
 
 
 def measure(
-    folder: Path, tasks: int, workers: Sequence[int], engines: Sequence[str], buckets: int, repeats: int
-) -> Any:
-    place = folder / f"generate-{tasks}"
-    if not (place / ".complete").exists():
+    folder: Path,
+    tasks: int,
+    workers: Sequence[int],
+    engines: Sequence[str],
+    buckets: int,
+    repeats: int,
+    refreshed: bool,
+) -> dict[str, Any]:
+    place, ingested = folder / f"generate-{tasks}", folder / f"log-{tasks}"
+    if not (place / "prepared.json").exists():
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        in_child(
-            HERE, "prepare", folder=str(place), source=str(make_source(folder, tasks)), tasks=tasks, buckets=buckets
-        )
-        (place / ".complete").touch()
+        source = str(make_source(folder, tasks))
+        if ingested.exists() and InteractionLog(ingested).rows == rows_of(tasks):
+            shutil.copytree(ingested, place / "log", copy_function=os.link)  # a log's files are never changed
+        in_child(HERE, "prepare", folder=str(place), source=source, tasks=tasks, buckets=buckets)
+    prepared = json.loads((place / "prepared.json").read_text())
     runs: list[dict[str, Any]] = []
     for turn in range(repeats):  # in turns, so that what else the machine does falls on all
         for engine in engines:
@@ -187,15 +192,13 @@ def measure(
                 print({name: value for name, value in runs[-1].items() if name != "spent"}, flush=True)
     best = {(run["engine"], run["workers"]): run for run in sorted(runs, key=lambda run: -run["seconds"])}
     published = in_child(HERE, "publish", folder=str(place))
-    touched = in_child(HERE, "refresh", folder=str(place), tasks=tasks)
-    shutil.rmtree(place / "generation", ignore_errors=True)
-    shutil.rmtree(place / "windows", ignore_errors=True)
+    touched = in_child(HERE, "refresh", folder=str(place), tasks=tasks) if refreshed else None
     shutil.rmtree(place)  # the log has the refresh's rows now
     one = best[engines[0], min(workers)]
     return {
-        "tasks": one["tasks"],
-        "rows": rows_of(tasks),
-        "buckets": buckets,
+        "tasks": tasks,
+        "embedded": one["tasks"],
+        **prepared,
         "in_engine": one["in_engine"],
         "tasks_per_s": {f"{engine} {number}": run["tasks_per_s"] for (engine, number), run in best.items()},
         "two_against_one": {
@@ -212,8 +215,7 @@ def measure(
         },
         "workers_peak_gib": max(run["workers_peak_gib"] for run in runs),
         "publish": published,
-        "refresh": touched,
-        "refresh_share": touched["seconds"] / one["seconds"],
+        **({} if touched is None else {"refresh": touched, "refresh_share": touched["seconds"] / one["seconds"]}),
         "runs": runs,
     }
 
@@ -249,18 +251,26 @@ def _peak_gib(process: int) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale --part generate", description=__doc__)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[100_000])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--engines", nargs="+", default=["local", "ray"], choices=["local", "ray"])
-    parser.add_argument("--buckets", type=int, default=16)
+    parser.add_argument("--buckets", type=int, help="of a new log (64, or as many as keep one at 2 million rows)")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--refresh", action=argparse.BooleanOptionalAction, default=True, help="windows, and a refresh, as well"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "scale")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale" / "generate.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
     given = parser.parse_args(arguments)
-    sizes = []
     for tasks in given.tasks:
-        sizes.append(measure(given.folder, tasks, given.workers, given.engines, given.buckets, given.repeats))
-        print({name: value for name, value in sizes[-1].items() if name not in ("runs",)}, flush=True)
-    result = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "sizes": sizes}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        found = measure(
+            given.folder,
+            tasks,
+            given.workers,
+            given.engines,
+            given.buckets or buckets_of(tasks),
+            given.repeats,
+            refreshed=given.refresh,
+        )
+        print({name: value for name, value in found.items() if name != "runs"}, flush=True)
+        keep(given.out, found)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import time
@@ -13,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scale.measure import in_child, usage
-from benchmarks.scale.workload import make_source, rows_of
+from benchmarks.scale.measure import RESULTS, ROOT, in_child, keep, usage
+from benchmarks.scale.workload import buckets_of, make_source, rows_of
 
 HERE = "benchmarks.scale.ingest"
-ROOT = Path(__file__).parent.parent.parent
 
 
 def append(source: str, target: str, buckets: int) -> dict[str, Any]:
@@ -84,34 +81,28 @@ def measure(folder: Path, tasks: int, buckets: int, repeats: int, upkeep: bool) 
         "ours": ours,
         "limit": limit,
     }
-    if upkeep:
-        found["compact"] = in_child(HERE, "compact", target=str(log))
-        found["retain"] = in_child(HERE, "retain", target=str(log), last=100)
+    if upkeep:  # on a copy: the next parts read the log as it was taken in
+        kept = folder / "upkeep"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(log, kept, copy_function=os.link)
+        found["compact"] = in_child(HERE, "compact", target=str(kept))
+        found["retain"] = in_child(HERE, "retain", target=str(kept), last=100)
+        shutil.rmtree(kept)
     return found
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale --part ingest", description=__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--buckets", type=int, default=64)
+    parser.add_argument("--buckets", type=int, help="of a new log (64, or as many as keep one at 2 million rows)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--upkeep", action=argparse.BooleanOptionalAction, default=True, help="compact and retain as well"
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "scale")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale" / "ingest.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ingest.json")
     given = parser.parse_args(arguments)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    sizes = {one["tasks"]: one for one in json.loads(given.out.read_text())["sizes"]} if given.out.exists() else {}
-    for tasks in given.tasks:  # a size that was measured before, and is not asked for, stays
-        sizes[tasks] = measure(given.folder, tasks, given.buckets, given.repeats, given.upkeep)
-        print({name: value for name, value in sizes[tasks].items() if name not in ("ours", "limit")}, flush=True)
-        smallest = sizes[min(sizes)]
-        for one in sizes.values():  # 1 where the time grows as the rows do
-            one["time_per_row_of_smallest"] = smallest["rows_per_s"] / one["rows_per_s"]
-        result = {
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "sizes": [sizes[number] for number in sorted(sizes)],
-        }
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for tasks in given.tasks:
+        found = measure(given.folder, tasks, given.buckets or buckets_of(tasks), given.repeats, given.upkeep)
+        print({name: value for name, value in found.items() if name not in ("ours", "limit")}, flush=True)
+        keep(given.out, found)

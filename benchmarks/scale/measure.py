@@ -8,7 +8,15 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+from limaml.evaluate.machine import processor_name
+
+__all__ = ["RESULTS", "ROOT", "in_child", "keep", "usage"]
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "scale"
 
 _CHILD = """
 import importlib, json, sys
@@ -40,3 +48,13 @@ def usage() -> float:
     """Seconds of all cores that this process has used."""
     mine = resource.getrusage(resource.RUSAGE_SELF)
     return mine.ru_utime + mine.ru_stime
+
+
+def keep(out: Path, size: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write what was found for a number of tasks to a result file; other sizes stay as they were. All sizes, ascending."""
+    known = json.loads(out.read_text(encoding="utf-8"))["sizes"] if out.exists() else []
+    sizes = sorted([one for one in known if one["tasks"] != size["tasks"]] + [size], key=lambda one: int(one["tasks"]))
+    size |= {"machine": processor_name(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"sizes": sizes}, indent=1) + "\n", encoding="utf-8")
+    return sizes

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,11 +15,10 @@ from typing import Any
 
 import polars as pl
 
-from benchmarks.scale.measure import in_child, usage
-from benchmarks.scale.workload import items, make_source, members, rows_of
+from benchmarks.scale.measure import RESULTS, ROOT, in_child, keep, usage
+from benchmarks.scale.workload import buckets_of, items, make_source, members, rows_of
 
 HERE = "benchmarks.scale.train"
-ROOT = Path(__file__).parent.parent.parent
 FEATURES: list[dict[str, Any]] = [
     {"name": "item_id", "kind": "categorical", "min_count": 2},
     {"name": "kind", "kind": "categorical"},
@@ -36,7 +33,8 @@ def prepare(folder: str, source: str, tasks: int, buckets: int) -> dict[str, Any
     from limaml.interactions.log import InteractionLog
 
     place = Path(folder)
-    log = InteractionLog(place / f"log-{tasks}", "user_id", buckets)
+    there = place / f"log-{tasks}"
+    log = InteractionLog(there, "user_id", None if there.exists() else buckets)
     if log.rows != rows_of(tasks):
         log.append_all([source])
     side = place / f"side-{tasks}"
@@ -44,7 +42,7 @@ def prepare(folder: str, source: str, tasks: int, buckets: int) -> dict[str, Any
     for key, table in {"user_id": members(tasks), "item_id": items()}.items():
         table.write_parquet(side / f"{key}.parquet")
     (side / "tables.json").write_text(json.dumps({key: f"{key}.parquet" for key in ("user_id", "item_id")}))
-    return {"rows": log.rows}
+    return {"rows": log.rows, "buckets": log.bucket_count}
 
 
 @dataclass
@@ -120,18 +118,22 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale --part train", description=__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--sample", type=int, default=100_000)
-    parser.add_argument("--buckets", type=int, default=64)
+    parser.add_argument("--buckets", type=int, help="of a new log (64, or as many as keep one at 2 million rows)")
     parser.add_argument("--solver", choices=["newton", "gradient"], default="newton")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "scale")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale" / "train.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "train.json")
     given = parser.parse_args(arguments)
-    sizes = []
     for tasks in given.tasks:
         source = str(make_source(given.folder, tasks))
-        in_child(HERE, "prepare", folder=str(given.folder), source=source, tasks=tasks, buckets=given.buckets)
+        prepared = in_child(
+            HERE,
+            "prepare",
+            folder=str(given.folder),
+            source=source,
+            tasks=tasks,
+            buckets=given.buckets or buckets_of(tasks),
+        )
         found = in_child(HERE, "epoch", folder=str(given.folder), tasks=tasks, sample=given.sample, solver=given.solver)
-        sizes.append({"log_tasks": tasks, "log_rows": rows_of(tasks), "buckets": given.buckets, **found})
-        print(sizes[-1], flush=True)
-    result = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "solver": given.solver}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({**result, "sizes": sizes}, indent=1) + "\n", encoding="utf-8")
+        found = {"tasks": tasks, **prepared, "solver": given.solver, "trained": found.pop("tasks"), **found}
+        print(found, flush=True)
+        keep(given.out, found)

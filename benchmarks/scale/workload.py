@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from limaml.interactions.log import buckets_for
+
 ROWS_PER_TASK = 20
 ITEMS = 100_000
 PIECE_ROWS = 2_000_000
@@ -22,6 +24,10 @@ START, DAYS = 1_700_000_000, 120
 
 def rows_of(tasks: int) -> int:
     return tasks * ROWS_PER_TASK
+
+
+def buckets_of(tasks: int) -> int:
+    return max(64, buckets_for(rows_of(tasks)))
 
 
 def pieces(tasks: int, seed: int = 0) -> Iterator[pl.DataFrame]:
