@@ -15,7 +15,7 @@ back and compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,44 +28,36 @@ from limaml.store.batch import (
     Batch,
     Layout,
     check_model,
-    check_table,
-    damaged,
     decode,
-    decoded,
     distinct,
-    name_of,
     names_of,
     owners,
-    raws_of,
     text_of,
 )
-from limaml.store.catalog import Record, Tally
+from limaml.store.catalog import Record
 from limaml.store.catalogued import CataloguedStore, Hold, Stored
 from limaml.store.contract import Forgotten, Lookup, Size
 from limaml.store.documents import Documents
 from limaml.store.environment import DEFAULT_MAP_SIZE, Environment, acquire, release
-from limaml.store.hashing import check_one, hash_one, hashes_of, id_bytes
+from limaml.store.hashing import hashes_of, id_bytes
 from limaml.store.lease import Lease
+from limaml.store.lmdb_look import View, look
+from limaml.store.lmdb_publish import compact, write_published
 from limaml.store.lmdb_values import (
     Change,
-    check_run,
     held,
-    hide,
     key_prefix,
-    payload,
     remove_some,
     upsert,
-    value_row,
     verify,
     walk,
     write_cold,
 )
 from limaml.store.model_folders import ModelFolders
-from limaml.store.packing import COLD, LONGEST_PLAIN_ID, checks, checksum, newer, revisions, unpack_one
+from limaml.store.packing import COLD, checks, checksum
 from limaml.store.run_files import RunFile
 from limaml.store.run_folder import RunFolder
-from limaml.store.runs import Embeddings, ids_at
-from limaml.store.upsert_marks import marked
+from limaml.store.runs import ids_at
 from limaml.store.version import catalog_key, layouts_of, state_of
 
 __all__ = ["LmdbStore"]
@@ -75,14 +67,6 @@ _LAYOUT = 3
 _REMOVED_PER_STEP = 20_000
 _BUFFER = 256 * 2**20
 """Bytes of a publication that are gathered: what fits is one file; what does not is merged into one at the end."""
-
-
-@dataclass(frozen=True)
-class _View:
-    """What reading one task type of one version needs."""
-
-    layout: Layout
-    runs: tuple[RunFile, ...]
 
 
 class LmdbStore(CataloguedStore):
@@ -108,7 +92,7 @@ class LmdbStore(CataloguedStore):
         self._closed = False
         self._catalog = Documents(self.environment, _LAYOUT)
         self._buffer_bytes = buffer_bytes
-        self._views: dict[tuple[str, str], _View] = {}
+        self._views: dict[tuple[str, str], View] = {}
         self.runs = RunFolder(self.path / "runs")
         self.folders: ModelFolders = ModelFolders(self.path / "models", lambda: self._lease("models"))
         try:
@@ -130,14 +114,14 @@ class LmdbStore(CataloguedStore):
             view = self._views.get((version, task_type))
             if view is None:
                 view = self._view(txn, self._layout(txn, model, version, task_type))
-            return _look(txn, view, ids, fill)
+            return look(txn, view, ids, fill)
 
         return self._reading(work)
 
     def look_up(self, layout: Layout, ids: Sequence[str], fill: bool) -> Lookup:
         def work(txn: Any) -> Lookup:
             self._still_there(txn, layout)
-            return _look(txn, self._view(txn, layout), ids, fill)
+            return look(txn, self._view(txn, layout), ids, fill)
 
         return self._reading(work)
 
@@ -155,7 +139,7 @@ class LmdbStore(CataloguedStore):
         # a transaction for each piece: one that lasts as long as its caller likes would keep old pages from reuse
         environment = self.used()
 
-        def begin(txn: Any) -> _View:
+        def begin(txn: Any) -> View:
             self._still_there(txn, layout)
             return self._view(txn, layout)
 
@@ -207,7 +191,9 @@ class LmdbStore(CataloguedStore):
             counts = {}
             for layout in layouts_of(record).values():
                 tally = totals.of(layout.task_type)
-                counts[layout.task_type] = verify(txn, environment.values, layout, tally, self._open(layout, tally))
+                counts[layout.task_type] = verify(
+                    txn, environment.values, layout, tally, self.runs.opened(layout, tally.runs)
+                )
             return counts
 
         return self._reading(work)
@@ -234,93 +220,17 @@ class LmdbStore(CataloguedStore):
             allowed = replace(batch, embeddings=batch.embeddings.where(~np.array(banned))) if any(banned) else batch
             totals = self._catalog.totals(txn, record).seen(watermark)
             tally = totals.of(layout.task_type)
-            tally, applied = upsert(txn, environment.values, allowed, tally, self._open(layout, tally))
+            tally, applied = upsert(txn, environment.values, allowed, tally, self.runs.opened(layout, tally.runs))
             self._catalog.save_totals(txn, record, totals.having(layout.task_type, tally))
             return Stored(applied, {raw for raw, is_banned in zip(batch.raws, banned, strict=True) if is_banned})
 
         return environment.write(work)
 
     def write_published(self, record: Record, layout: Layout, batches: Sequence[Batch]) -> Stored:
-        """The batches as one more file: written first, then named in the totals in one step."""
-        environment = self.used()
-        while True:
-            banned, totals = environment.read(
-                lambda txn: (
-                    tombstones.Banned(txn, environment, layout.task_type),
-                    self._catalog.totals(txn, record),
-                )
-            )
-            earlier = self._open(layout, totals.of(layout.task_type))
-            adding = _Adding(layout, earlier, banned)
-            name, written = self.runs.write(
-                layout, [batch.embeddings for batch in batches], [batch.text_size for batch in batches], adding.choose
-            )
-            if not written.rows:
-                self.runs.remove([name])
-                return Stored(0, adding.forgotten)
-            new = self.runs.run(layout, name)
-
-            def work(
-                txn: Any,
-                new: RunFile = new,
-                name: str = name,
-                adding: _Adding = adding,
-                earlier: tuple[RunFile, ...] = earlier,
-                total: int = written.checksum,
-            ) -> Stored | None:
-                found = self._catalog.find(txn, record.model, record.id)
-                if found.state != "writing":
-                    raise StoreError(
-                        f"Version {record.id} of model '{record.model}' is {state_of(found)}: it cannot be written to."
-                    )
-                if tombstones.changes(txn, environment) != adding.banned.changes:
-                    return None
-                totals = self._catalog.totals(txn, found)
-                tally = totals.of(layout.task_type)
-                change = Change(adding.fresh, total - adding.replaced, adding.bytes)
-                change, hidden = hide(txn, environment.values, layout, new, earlier, change)
-                tally = replace(change.on(tally), runs=(*tally.runs, name))
-                self._catalog.save_totals(txn, found, totals.having(layout.task_type, tally))
-                return Stored(len(new) - hidden, adding.forgotten)
-
-            try:
-                done = environment.write(work)
-            except BaseException:
-                self.runs.remove([name])
-                raise
-            if done is not None:
-                return done
-            self.runs.remove([name])  # somebody was forgotten meanwhile
+        return write_published(self.used(), self._catalog, self.runs, record, layout, batches)
 
     def compact(self, record: Record) -> None:
-        """Each task type of a version that was written in several files as one."""
-        environment = self.used()
-        for layout in layouts_of(record).values():
-            while True:
-                before, totals = environment.read(
-                    lambda txn: (tombstones.changes(txn, environment), self._catalog.totals(txn, record))
-                )
-                self._finish_erasing()
-                old = totals.of(layout.task_type).runs
-                if len(old) < 2:
-                    break
-                runs = self._open(layout, totals.of(layout.task_type))
-                for run in runs:
-                    check_run(layout, run)
-                name = self.runs.merge(layout, runs)
-
-                def work(txn: Any, name: str = name, before: int = before, layout: Layout = layout) -> bool:
-                    totals = self._catalog.totals(txn, record)
-                    if tombstones.changes(txn, environment) != before:
-                        return False
-                    tally = replace(totals.of(layout.task_type), runs=(name,))
-                    self._catalog.save_totals(txn, record, totals.having(layout.task_type, tally))
-                    return True
-
-                done = environment.write(work)
-                self.runs.remove(old if done else [name])
-                if done:
-                    break
+        compact(self.used(), self._catalog, self.runs, record, self._finish_erasing)
 
     # --------------------------------------------------------------------------------------------- forgetting
 
@@ -339,7 +249,7 @@ class LmdbStore(CataloguedStore):
                     if task_type not in owners(layout.task_type):
                         continue
                     tally = totals.of(layout.task_type)
-                    runs = self._open(layout, tally)
+                    runs = self.runs.opened(layout, tally.runs)
                     table, found = self._held(txn, layout, raws, runs, lenient=True)
                     there = [raws[row] for row in np.flatnonzero(found).tolist()]
                     for name in names_of(layout, list(map(text_of, there))):
@@ -441,32 +351,29 @@ class LmdbStore(CataloguedStore):
                 f"A file of the store {self.path} is gone: {error.filename}. Roll back to another version, or publish again."
             ) from None
 
-    def _view(self, txn: Any, layout: Layout) -> _View:
+    def _view(self, txn: Any, layout: Layout) -> View:
         """Files of a version that is ready do not change."""
         found = self._views.get((layout.version, layout.task_type))
         if found is None:
             if len(self._views) > 1000:
                 self._views.clear()
-            found = _View(layout, self._runs(txn, layout))
+            found = View(layout, self._runs(txn, layout))
             if txn.get(catalog_key("ready", layout.model, layout.version), db=self.used().catalog) is not None:
                 self._views[layout.version, layout.task_type] = found
         return found
 
     def _runs(self, txn: Any, layout: Layout) -> tuple[RunFile, ...]:
         record = self._catalog.find(txn, layout.model, layout.version)
-        return self._open(layout, self._catalog.totals(txn, record).of(layout.task_type))
+        return self.runs.opened(layout, self._catalog.totals(txn, record).of(layout.task_type).runs)
 
-    def _open(self, layout: Layout, tally: Tally) -> tuple[RunFile, ...]:
-        return tuple(self.runs.run(layout, name) for name in tally.runs)
-
-    def _known(self, txn: Any, view: _View, raws: list[bytes]) -> list[tuple[list[str], Lookup]]:
+    def _known(self, txn: Any, view: View, raws: list[bytes]) -> list[tuple[list[str], Lookup]]:
         """The embeddings of ids that a run has, as they are now."""
         self._still_there(txn, view.layout)
-        lookup = _look(txn, view, ids := list(map(text_of, raws)), False)
+        lookup = look(txn, view, ids := list(map(text_of, raws)), False)
         if lookup.found.all():
             return [(ids, lookup)]
         ids = [task_id for task_id, found in zip(ids, lookup.found.tolist(), strict=True) if found]
-        return [(ids, _look(txn, view, ids, False))] if ids else []
+        return [(ids, look(txn, view, ids, False))] if ids else []
 
     def _held(
         self, txn: Any, layout: Layout, raws: list[bytes], runs: Sequence[RunFile], lenient: bool = False
@@ -503,81 +410,3 @@ class LmdbStore(CataloguedStore):
     def _still_there(self, txn: Any, layout: Layout) -> None:
         if txn.get(catalog_key("ready", layout.model, layout.version), db=self.used().catalog) is None:
             raise StoreError(f"Version {layout.version} of model '{layout.model}' was removed; open the current one.")
-
-
-class _Adding:
-    """Chooses what of a publication is stored, beside what was stored before; and counts."""
-
-    def __init__(self, layout: Layout, earlier: Sequence[RunFile], banned: tombstones.Banned) -> None:
-        self.layout, self.earlier, self.banned = layout, earlier, banned
-        self.forgotten: set[bytes] = set()
-        self.fresh = self.replaced = self.bytes = 0
-
-    def choose(self, piece: Embeddings) -> NDArray[np.bool_]:
-        gone = self.banned.mask(piece)
-        wanted = ~gone
-        if gone.any():
-            self.forgotten |= {raw or b"" for raw in piece.raws(np.flatnonzero(gone))}
-        found = np.zeros(len(piece), np.bool_)
-        if self.earlier:
-            raws = [raw or b"" for raw in piece.raws()]
-            old, found = held(self.layout, raws, piece.hashes, [None] * len(raws), self.earlier)
-            wanted &= ~found | newer(*revisions(piece.rows), *revisions(old))
-            self.replaced += checksum(checks(old[wanted & found]))
-        fresh = wanted & ~found
-        self.fresh += int(fresh.sum())
-        self.bytes += payload(self.layout, piece.spans if fresh.all() else piece.spans[fresh])
-        return wanted
-
-
-def _look(txn: Any, view: _View, ids: Sequence[str], fill: bool) -> Lookup:
-    layout, runs = view.layout, view.runs
-    raws, n = raws_of(layout, ids), len(ids)
-    if n == 1 and (one := _look_for_one(txn, view, raws[0])) is not None:
-        return one
-    hashes = hashes_of(raws)
-    cold = txn.get(layout.prefix + COLD) if fill else None
-    if not runs:
-        table, found = held(layout, raws, hashes, _upserts_of(txn, layout, raws), runs)
-        table = table[found]
-    else:
-        places = runs[0].find(raws, hashes)
-        found = places >= 0
-        some = marked(txn, layout, hashes).tolist()
-        upserted = _upserts_of(txn, layout, [raws[row] for row in some])
-        if upserted.count(None) < len(upserted):
-            table = runs[0].rows[places] if len(runs[0].rows) else np.zeros((n, layout.size), np.uint8)
-            for row, value in zip(some, upserted, strict=True):
-                if value is not None:
-                    table[row], found[row] = value_row(layout, raws[row], value), True
-            table = table if found.all() else table[found]
-        else:
-            table = runs[0].rows[places if found.all() else places[found]]
-    check_table(
-        layout, table, hashes if len(table) == n else hashes[found], lambda row: ids[int(np.flatnonzero(found)[row])]
-    )
-    return decoded(layout, table, found, cold, fill)
-
-
-def _upserts_of(txn: Any, layout: Layout, raws: list[bytes]) -> list[bytes | None]:
-    plain = layout.prefix + b"\x00"
-    if max(map(len, raws), default=0) <= LONGEST_PLAIN_ID:
-        return [txn.get(plain + raw) for raw in raws]
-    return [txn.get(name_of(layout.prefix, raw)) for raw in raws]
-
-
-def _look_for_one(txn: Any, view: _View, raw: bytes) -> Lookup | None:
-    """A look-up of a single id, which is what an online model asks for, without steps over arrays; `None` if it is not there."""
-    layout = view.layout
-    h, value = hash_one(raw), txn.get(name_of(layout.prefix, raw))
-    if value is not None:
-        if len(value) != layout.size:  # an id that was hashed, or damage
-            return None
-    elif view.runs and (place := view.runs[0].find_one(raw, h)) >= 0:
-        value = view.runs[0].rows[place].tobytes()
-    else:
-        return None
-    if check_one(value, h + layout.seed) != int.from_bytes(value[-4:], "little"):
-        raise StoreError(damaged(layout, text_of(raw)))
-    vectors, count, event_time = unpack_one(value, layout.dim, layout.dtype)
-    return Lookup(layout.version, vectors, np.array((True,)), np.array((count,)), np.array((event_time,)))

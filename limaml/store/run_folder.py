@@ -50,6 +50,9 @@ class RunFolder:
             self._open[name] = found
         return found
 
+    def opened(self, layout: Layout, names: Sequence[str]) -> tuple[RunFile, ...]:
+        return tuple(self.run(layout, name) for name in names)
+
     def write(
         self,
         layout: Layout,
