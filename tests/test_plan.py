@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limaml.cli.durations import seconds_of
 from limaml.cli.main import main
-from limaml.cli.plan import seconds_of
 from limaml.errors import ConfigError
 from limaml.evaluate.calibrate import calibrate
 from limaml.evaluate.plan import AdaptCost, Demand, Prices, UnitCosts, plan, support_of, touched
@@ -107,8 +107,8 @@ def test_a_demand_that_cannot_be(change: dict[str, object], said: str) -> None:
 
 
 def test_times() -> None:
-    assert [seconds_of(text, "--refresh") for text in ("15m", "1.5 h", "30s", "7d")] == [900, 5400, 30, 604_800]
-    with pytest.raises(ConfigError, match="--refresh is '15'; write a number and s, m, h or d"):
+    assert [seconds_of(text, "--refresh") for text in ("15m", "1.5 h", "30s", "7d", "2w")] == [900, 5400, 30, 604_800, 1_209_600]
+    with pytest.raises(ConfigError, match="--refresh is '15'; write a number and s, m, h, d or w"):
         seconds_of("15", "--refresh")
 
 

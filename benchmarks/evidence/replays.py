@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.plan import Goal, Scale
 from benchmarks.evidence.sets import Table
-from benchmarks.evidence.units import VERSIONS, Cache, Runnable
+from benchmarks.evidence.units import LIMAML, VERSIONS, Cache, Runnable
 from limaml.config import parse_config
 from limaml.evaluate.bootstrap import ALL
 from limaml.evaluate.replay import replay
@@ -47,7 +46,7 @@ class ReplayUnit:
     @cached_property
     def key(self) -> str:
         told = ["replay", self.rows, json.loads(self.schema), METHOD, self.seeds, self.replicates]
-        told += [VERSIONS["replay"], version("limaml")]
+        told += [VERSIONS["replay"], LIMAML]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 
     @property

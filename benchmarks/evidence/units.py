@@ -38,6 +38,8 @@ VERSIONS: dict[str, int] = {"trial": 2, "test": 2, "replay": 2, "implicit": 2}
 """Method or part → a number to raise when its code or its defaults change what it predicts; 1 unless named here. Together
 with limaml's own version it is a part of each unit's digest, and makes the results of before be measured again."""
 
+LIMAML = version("limaml")
+
 READINGS = ("float16", "int8", "averaged")
 """Other ways to read one trained model: embeddings rounded as the store rounds them; σ averaged over the posterior."""
 
@@ -95,7 +97,7 @@ class Unit:
             self.readings,
             VERSIONS.get(self.method, 1),
             VERSIONS.get(self.kind, 1),
-            version("limaml"),
+            LIMAML,
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 

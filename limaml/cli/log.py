@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from limaml.cli.console import amount, counting, say
+from limaml.cli.durations import seconds_of
 from limaml.cli.workspace import Workspace
 from limaml.errors import ConfigError
 from limaml.interactions import InteractionLog
@@ -150,7 +150,7 @@ def retain(
     with counting("buckets:") as show:
         done = log.retain(
             time,
-            newer_than=None if newer_than is None else _age(newer_than),
+            newer_than=None if newer_than is None else dt.timedelta(seconds=seconds_of(newer_than, "--newer-than")),
             last=last,
             now=now,
             unit=unit,
@@ -160,11 +160,3 @@ def retain(
         )
     verb = "would leave" if dry_run else "left"
     say([f"{done.removed:,} of {done.rows:,} interactions {verb} the log; {done.rows - done.removed:,} stay."])
-
-
-def _age(text: str) -> dt.timedelta:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([wdhms])", text.strip())
-    if found is None:
-        raise ConfigError(f"The age {text!r} cannot be read. Write a number and a unit: 90d, 12h, 30m, 2w.")
-    names = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
-    return dt.timedelta(**{names[found[2]]: float(found[1])})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,21 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from limaml.cli.console import amount, console, heading, say
+from limaml.cli.durations import seconds_of
 from limaml.errors import ConfigError
 from limaml.evaluate.calibrate import calibrate
 from limaml.evaluate.plan import Demand, Item, Prices, UnitCosts, plan
 
-__all__ = ["plan_command", "seconds_of"]
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-
-
-def seconds_of(text: str, option: str) -> float:
-    """`15m` in seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
-    if found is None:
-        raise ConfigError(f"{option} is '{text}'; write a number and s, m, h or d, such as 15m or 6h.")
-    return float(found[1]) * _UNITS[found[2]]
+__all__ = ["plan_command"]
 
 
 def plan_command(
