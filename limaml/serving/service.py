@@ -14,8 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,7 @@ from limaml.errors import DataError, LimamlError, StoreDown, StoreError
 from limaml.serving.batches import Batches, Options, StoreState, Waiting
 from limaml.serving.metrics import Metrics
 from limaml.serving.questions import Answer, Question, column_of_tensor, refuse_partial, rows_of
+from limaml.serving.queue import ROUNDS, ROUNDS_READ, Queue
 from limaml.serving.scoring import Asked
 from limaml.serving.tensors import InferRequest, InferResponse, InferTensor, ModelMetadata, Refused
 from limaml.serving.thompson import sampling_of
@@ -36,10 +35,6 @@ __all__ = ["Options", "Service"]
 logger = logging.getLogger("limaml.serving")
 
 PLATFORM = "limaml"
-
-ROUNDS, ROUNDS_READ, GATHERING = 8, 3, 0.003
-"""A batch is begun when the event loop has gone round so often without another request, or after so many seconds. gRPC takes
-about four rounds, and a turn of its own thread, from one request to the next; what is read off connections (`begin`) comes in one."""
 
 SELDOM = 10.0
 """Seconds between tries to load a first version, in the end."""
@@ -68,17 +63,14 @@ class Service:
         """Why there is no version yet."""
         self._pinned: dict[str, Loaded] = {}
         self._pinning = asyncio.Lock()
-        self._waiting: list[Waiting] = []
-        self._rounds = ROUNDS
         self._in_flight = 0
         self.metrics.in_flight.set_function(lambda: self._in_flight)
-        self._scheduled = False  # whether what waits will be scored without anybody saying so again
         self._draining = False
         self._store = StoreState(self.options, self.metrics)
         self._batches = Batches(self.options, self.metrics, self._store)
+        self._queue = Queue(self._batches, self.options, self._done_with)
         self._tasks: list[asyncio.Task[None]] = []
         self._loader = ThreadPoolExecutor(1, "limaml-load")
-        self._scoring = None if self.options.inline else ThreadPoolExecutor(1, "limaml-score")
 
     # -------------------------------------------------------------------------------------------------------- life
 
@@ -137,9 +129,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._scoring is not None:  # a batch that everybody gave up may still be scored
-            await asyncio.get_running_loop().run_in_executor(None, self._scoring.shutdown)
-            await asyncio.sleep(0)
+        await self._queue.close()
         for loaded in [*self._pinned.values(), *([self._current] if self._current else [])]:
             self._retire(loaded)
         self._current, self._pinned = None, {}
@@ -403,7 +393,7 @@ class Service:
     ) -> Waiting:
         """Have a question scored in a batch; `_ended` is called once it was, or is given up."""
         options, metrics, sampling = self.options, self.metrics, sampling_of(question.parameters)
-        if len(self._waiting) >= options.queue:
+        if len(self._queue) >= options.queue:
             metrics.rejected.labels("queue").inc()
             raise Refused(503, f"{options.queue} requests wait already; ask again in a moment.", retry_after=1)
         loop, now = asyncio.get_running_loop(), time.perf_counter()
@@ -412,10 +402,8 @@ class Service:
         waiting = Waiting(question, asked, loaded, answer, now, sampling, alarm)
         if begun is not None:
             metrics.decode.observe(now - begun)
-        self._rounds = max(self._rounds, rounds) if self._waiting else rounds
-        self._waiting.append(waiting)
         self._in_flight += 1
-        self._score_soon()
+        self._queue.put(waiting, rounds)
         return waiting
 
     def _ended(self, waiting: Waiting) -> None:
@@ -438,69 +426,6 @@ class Service:
                 )
             )
 
-    # ----------------------------------------------------------------------------------------------------- batches
-
-    def _score_soon(self) -> None:
-        """Have what waits scored, once nothing more is about to: requests that arrived together are one batch."""
-        if self._waiting and not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._gather, 0, 0, time.perf_counter() + GATHERING)
-
-    def _gather(self, seen: int, rounds: int, until: float) -> None:
-        waiting = len(self._waiting)
-        rounds = rounds + 1 if waiting == seen else 0
-        if rounds >= self._rounds or time.perf_counter() > until:
-            self._score_next()
-        else:
-            _let_others_run()
-            asyncio.get_running_loop().call_soon(self._gather, waiting, rounds, until)
-
-    def _score_next(self) -> None:
-        batch = self._take()
-        for one in batch:
-            one.loaded.users += 1  # a request that gave up must not close the version under the batch
-        if self._scoring is None or not batch:
-            self._scored(batch, self._score(batch))
-        else:
-            found = asyncio.get_running_loop().run_in_executor(self._scoring, self._score, batch)
-            found.add_done_callback(lambda done: self._scored(batch, done.result()))
-
-    def _score(self, batch: Sequence[Waiting]) -> Sequence[Answer | Refused] | Refused:
-        """The answers to a batch, or why it has none. May run in a thread."""
-        try:
-            return self._batches.score(batch) if batch else ()
-        except Refused as refusal:
-            return refusal
-        except Exception as error:
-            logger.exception("A batch of %d requests failed.", len(batch))
-            return Refused(500, f"The rows could not be scored: {error}")
-
-    def _scored(self, batch: Sequence[Waiting], found: Sequence[Answer | Refused] | Refused) -> None:
-        for place, one in enumerate(batch):
-            self._done_with(one.loaded)
-            if not one.answer.done():
-                answer = found if isinstance(found, Refused) else found[place]
-                if isinstance(answer, Refused):
-                    one.answer.set_exception(answer)
-                else:
-                    one.answer.set_result(answer)
-        self._scheduled = False
-        self._score_soon()
-
-    def _take(self) -> list[Waiting]:
-        """What waits for one version, in the order in which it came, as much as fits in a batch."""
-        batch: list[Waiting] = []
-        left: list[Waiting] = []
-        rows = 0
-        for one in self._waiting:
-            if one.answer.done():
-                continue
-            fits = not batch or (one.loaded is batch[0].loaded and rows + one.asked.rows <= self.options.max_batch)
-            (batch if fits else left).append(one)
-            rows += one.asked.rows if fits else 0
-        self._waiting = left
-        return batch
-
 
 def _asked(question: Question, loaded: Loaded) -> Asked:
     refuse_partial(question.columns, loaded.scorer)
@@ -516,12 +441,6 @@ def _response(request: InferRequest, answer: Answer, wanted: Sequence[str], load
         told["sampled"] = True
     outputs = tuple(InferTensor.of(name, loaded.tensors.output(name, answer)) for name in wanted)
     return InferResponse(request.model, answer.version, request.id, outputs, told)
-
-
-def _let_others_run() -> None:
-    """Give threads that share this one's core a turn: gRPC reads requests in one."""
-    if sys.platform != "win32":
-        os.sched_yield()
 
 
 def _close(loaded: Loaded) -> None:
