@@ -25,6 +25,7 @@ __all__ = ["ReplayUnit", "Replays", "delta_of", "replay_lines", "replay_result",
 Entry = dict[str, Any]
 METHOD = "limaml_newton"
 NEVER, REFRESHED, RETRAINED = "limaml_never", "limaml_refreshed", "wide_and_deep_retrained"
+ITEMS_REFRESHED, ITEMS_STREAMED = "limaml_items_refreshed", "limaml_items_streamed"
 SHARE = 1 / 20
 METRICS = ("auc", "gauc", "log_loss")
 
@@ -190,14 +191,18 @@ def replay_lines(results: Mapping[str, Entry]) -> Iterator[tuple[str, bool | Non
     """The demands on the replay: (demand, met, found)."""
     there = {name: result["replay"] for name, result in results.items() if "replay" in result}
     demands = (
-        ("`replay`: refreshing each period beats never refreshing, in AUC, on every set", NEVER),
+        ("refreshing each period beats never refreshing", REFRESHED, NEVER),
+        ("refreshing each period beats wide-and-deep IDs retrained each period", REFRESHED, RETRAINED),
+        ("the same with items as a second task type, refreshed like members", ITEMS_REFRESHED, RETRAINED),
         (
-            "`replay`: refreshing each period beats wide-and-deep IDs retrained each period, in AUC, on every set",
+            "members and items refreshed as their interactions come, within each period, beat it",
+            ITEMS_STREAMED,
             RETRAINED,
         ),
     )
-    for demand, other in demands:
-        found = {name: delta_of(result, REFRESHED, other, "auc") for name, result in there.items()}
+    for said, policy, other in demands:
+        demand = f"`replay`: {said}, in AUC, on every set"
+        found = {name: delta_of(result, policy, other, "auc") for name, result in there.items()}
         known = {name: delta for name, delta in found.items() if delta is not None}
         bad = [f"{name} ({delta[0]:+.4f})" for name, delta in known.items() if not better(delta, "auc")]
         if not known:
@@ -205,12 +210,12 @@ def replay_lines(results: Mapping[str, Entry]) -> Iterator[tuple[str, bool | Non
         else:
             rest = f"; not on {', '.join(bad)}" if bad else ""
             yield demand, not bad, f"on {len(known) - len(bad)} of {len(known)}{rest}"
-    ratios = {n: r["cost_ratio"].get(REFRESHED) for n, r in there.items()}
-    ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None}
-    demand = "`replay`: refreshing costs at most 1/20 of retraining wide-and-deep IDs, on every set"
-    if not ratios:
-        yield demand, None, "not measured yet"
-    else:
-        dear = [f"{name} (1/{1 / ratio:.0f})" for name, ratio in ratios.items() if ratio > SHARE]
-        shown = ", ".join(f"{name} 1/{1 / ratio:.0f}" for name, ratio in ratios.items())
-        yield demand, not dear, shown
+    for said, policy in (("refreshing", REFRESHED), ("refreshing members and items", ITEMS_REFRESHED)):
+        ratios = {name: result["cost_ratio"].get(policy) for name, result in there.items()}
+        ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        demand = f"`replay`: {said} costs at most 1/20 of retraining wide-and-deep IDs, on every set"
+        if not ratios:
+            yield demand, None, "not measured yet"
+        else:
+            shown = ", ".join(f"{name} 1/{1 / ratio:.0f}" for name, ratio in ratios.items())
+            yield demand, all(ratio <= SHARE for ratio in ratios.values()), shown
