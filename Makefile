@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/limaml demo --out runs/demo
+	$(BIN)/limaml demo --out runs/demo $(DEMO)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
