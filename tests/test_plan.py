@@ -107,7 +107,13 @@ def test_a_demand_that_cannot_be(change: dict[str, object], said: str) -> None:
 
 
 def test_times() -> None:
-    assert [seconds_of(text, "--refresh") for text in ("15m", "1.5 h", "30s", "7d", "2w")] == [900, 5400, 30, 604_800, 1_209_600]
+    assert [seconds_of(text, "--refresh") for text in ("15m", "1.5 h", "30s", "7d", "2w")] == [
+        900,
+        5400,
+        30,
+        604_800,
+        1_209_600,
+    ]
     with pytest.raises(ConfigError, match="--refresh is '15'; write a number and s, m, h, d or w"):
         seconds_of("15", "--refresh")
 

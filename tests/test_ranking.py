@@ -216,6 +216,29 @@ def test_a_negative_is_no_choice_of_its_member_until_then() -> None:
         assert "Candidates" in " ".join(asked.notes)
 
 
+@pytest.mark.parametrize("time", ["timestamp", None])
+def test_the_first_choice_of_an_item_weighs_nothing(time: str | None) -> None:
+    """An item is known from then on: that this one is a positive is no news. Where nothing has a time, nothing is first."""
+    interactions, _, items = clicks()
+    prepared = prepare_implicit(
+        interactions, task=["user_id"], row="item_id", time=time, label="click", row_features=items
+    )
+    problem, _, asked = ranking_problem(prepared.frame, prepared.schema, divide("warm"), ImplicitConfig(negatives=2), 0)
+    data = problem.data
+    features, label, train = data.index["row"], data.labels[:, 0], problem.split.train.nonzero().flatten()
+    if time is None:
+        assert (data.weights[train] == 1).all()
+        return
+    first: dict[int, int] = {}
+    for row in train.tolist():
+        if label[row] == 1:
+            first[int(features[row])] = min(first.get(int(features[row]), 2**62), int(data.time[row]))
+    news = [label[row] == 1 and first[int(features[row])] == int(data.time[row]) for row in train.tolist()]
+    assert torch.equal(data.weights[train] == 0, torch.tensor(news))
+    assert sum(news) >= len(first)
+    assert "weigh nothing" in " ".join(asked.notes)
+
+
 def test_more_members_than_may_be_scored_are_sampled_and_counted() -> None:
     interactions, _, items = clicks()
     prepared = prepare_implicit(interactions, task=["user_id"], row="item_id", label="click", row_features=items)

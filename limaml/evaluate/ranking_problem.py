@@ -30,6 +30,7 @@ from limaml.types import ROW, Interactions
 __all__ = ["OFFSET", "Candidates", "ranked_of", "ranking_problem"]
 
 OFFSET = "sampling_offset"
+WEIGHT = "sampling_weight"
 TRAIN, SUPPORT, TEST = 0, 1, 2
 
 
@@ -127,9 +128,9 @@ def _with_negatives(
             f"negatives (seed {seed})."
         )
         notes += said
-    test = test.with_columns(pl.lit(1, pl.Int8).alias(CHOSEN), pl.lit(0.0).alias(OFFSET))
+    test = test.with_columns(pl.lit(1, pl.Int8).alias(CHOSEN), pl.lit(0.0).alias(OFFSET), pl.lit(1.0).alias(WEIGHT))
     frame = pl.concat([*drawn, test.select(drawn[0].columns)])
-    return frame, schema.model_copy(update={"offset": OFFSET}), masks, notes
+    return frame, schema.model_copy(update={"offset": OFFSET, "weight": WEIGHT}), masks, notes
 
 
 def _sample(
@@ -151,7 +152,17 @@ def _sample(
         label=CHOSEN,
         offset=OFFSET,
     )
-    return sample.frame, tuple(note for note in sample.notes if "has the columns" not in note)
+    notes = [note for note in sample.notes if "has the columns" not in note]
+    frame = sample.frame.with_columns(pl.lit(1.0).alias(WEIGHT))
+    if schema.time is not None and schema.time != ORDER:
+        # an item is known from its first interaction on: that it is a positive says nothing of the item, nor of who chose it
+        new = (pl.col(CHOSEN) == 1) & (pl.col(schema.time) == pl.col(schema.time).min().over(schema.row))
+        frame = frame.with_columns(pl.when(new).then(0.0).otherwise(1.0).alias(WEIGHT))
+        notes.append(
+            f"{int((frame[WEIGHT] == 0).sum()):,} positives are the first that is known of their item, and weigh nothing: "
+            "no item is known before somebody chose it."
+        )
+    return frame, tuple(notes)
 
 
 def _candidates(

@@ -57,7 +57,9 @@ def test_from_files_to_a_young_log(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "240 interactions are as they were written" in said(capsys, "log", "verify", log)
 
     assert "--time COLUMN" in said(capsys, "log", "retain", log, "--last", 3, code=2)
-    assert "--newer-than is 'soon'; write a number" in said(capsys, "log", "retain", log, "--time", "day", "--newer-than", "soon", code=2)
+    assert "--newer-than is 'soon'; write a number" in said(
+        capsys, "log", "retain", log, "--time", "day", "--newer-than", "soon", code=2
+    )
     arguments = ("log", "retain", log, "--time", "day", "--newer-than", "2d", "--last", 5, "--now", "2026-01-04")
     assert "140 of 240 interactions would leave" in said(capsys, *arguments, "--dry-run")
     assert "140 of 240 interactions left the log; 100 stay." in said(capsys, *arguments)
