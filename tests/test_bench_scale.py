@@ -23,7 +23,7 @@ def test_a_log_that_was_taken_in_is_trained_on_and_embedded_whole(tmp_path: Path
     given = ["--tasks", "300", "--folder", str(tmp_path), "--buckets", "4"]
     ingest.main([*given, "--repeats", "1", "--no-upkeep", "--out", str(tmp_path / "ingest.json")])
     train.main([*given, "--sample", "50", "--out", str(tmp_path / "train.json")])
-    generate.main([*given, "--workers", "1", "--engines", "local", "--no-refresh", "--out", str(tmp_path / "g.json")])
+    generate.main([*given, "--runs", "local:1", "--no-refresh", "--out", str(tmp_path / "g.json")])
     found = [json.loads((tmp_path / f"{name}.json").read_text())["sizes"][0] for name in ("ingest", "train", "g")]
     assert [one["rows"] for one in found] == [6000] * 3
     assert found[1]["survey_rows"] == 6000

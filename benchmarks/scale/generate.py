@@ -167,8 +167,7 @@ def refresh(folder: str, tasks: int) -> dict[str, Any]:
 def measure(
     folder: Path,
     tasks: int,
-    workers: Sequence[int],
-    engines: Sequence[str],
+    asked: Sequence[tuple[str, int]],
     buckets: int,
     repeats: int,
     refreshed: bool,
@@ -184,17 +183,16 @@ def measure(
     prepared = json.loads((place / "prepared.json").read_text())
     runs: list[dict[str, Any]] = []
     for turn in range(repeats):  # in turns, so that what else the machine does falls on all
-        for engine in engines:
-            for number in workers:
-                last = turn == repeats - 1 and engine == engines[-1] and number == workers[-1]
-                found = in_child(HERE, "generate", folder=str(place), engine=engine, workers=number, keep=last)
-                runs.append({"engine": engine, "workers": number, **found})
-                print({name: value for name, value in runs[-1].items() if name != "spent"}, flush=True)
+        for engine, number in asked:
+            last = turn == repeats - 1 and (engine, number) == asked[-1]
+            found = in_child(HERE, "generate", folder=str(place), engine=engine, workers=number, keep=last)
+            runs.append({"engine": engine, "workers": number, **found})
+            print({name: value for name, value in runs[-1].items() if name != "spent"}, flush=True)
     best = {(run["engine"], run["workers"]): run for run in sorted(runs, key=lambda run: -run["seconds"])}
     published = in_child(HERE, "publish", folder=str(place))
     touched = in_child(HERE, "refresh", folder=str(place), tasks=tasks) if refreshed else None
     shutil.rmtree(place)  # the log has the refresh's rows now
-    one = best[engines[0], min(workers)]
+    one = best[asked[0]]
     return {
         "tasks": tasks,
         "embedded": one["tasks"],
@@ -203,14 +201,14 @@ def measure(
         "tasks_per_s": {f"{engine} {number}": run["tasks_per_s"] for (engine, number), run in best.items()},
         "two_against_one": {
             engine: {what: best[engine, 1][what] / best[engine, 2][what] for what in ("seconds", "working_s")}
-            for engine in engines
+            for engine in dict.fromkeys(engine for engine, _ in asked)
             if (engine, 1) in best and (engine, 2) in best
         },
         "ray_against_local": {
             str(number): {
                 what: best["ray", number][what] / best["local", number][what] for what in ("seconds", "working_s")
             }
-            for number in workers
+            for number in sorted({number for _, number in asked})
             if ("ray", number) in best and ("local", number) in best
         },
         "workers_peak_gib": max(run["workers_peak_gib"] for run in runs),
@@ -252,8 +250,12 @@ def _peak_gib(process: int) -> float:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale --part generate", description=__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--engines", nargs="+", default=["local", "ray"], choices=["local", "ray"])
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=["local:1", "local:2", "ray:1", "ray:2"],
+        help="engines (local, ray) and their workers; the first is what a refresh is compared with",
+    )
     parser.add_argument("--buckets", type=int, help="of a new log (64, or as many as keep one at 2 million rows)")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
@@ -262,12 +264,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "scale")
     parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
     given = parser.parse_args(arguments)
+    asked = [(engine, int(number)) for engine, _, number in (run.partition(":") for run in given.runs)]
     for tasks in given.tasks:
         found = measure(
             given.folder,
             tasks,
-            given.workers,
-            given.engines,
+            asked,
             given.buckets or buckets_of(tasks),
             given.repeats,
             refreshed=given.refresh,
