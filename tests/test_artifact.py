@@ -65,7 +65,7 @@ def example(path: Path, seed: int = 0, **changes: Any) -> str:
     return write_folder(path, **(arguments | changes))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     tensors=st.dictionaries(st.text(min_size=1).filter(lambda name: name != "__metadata__"), any_tensor(), max_size=4),
     document=documents,

@@ -62,7 +62,7 @@ def by_hand(item: Predictions, rows: np.ndarray, copy: np.ndarray, metric: str) 
     }[metric]()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.booleans(), st.sampled_from(list(LossKind)), st.integers(1, 12), st.integers(1, 90))
 def test_weights_equal_resampling_by_hand(seed: int, weighted: bool, loss: LossKind, tasks: int, rows: int) -> None:
     item = random_predictions(seed, tasks=tasks, rows=rows, weighted=weighted, loss=loss)

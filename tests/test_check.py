@@ -182,7 +182,7 @@ def test_squared_loss_takes_any_number() -> None:
     assert problems(frame, schema(labels=[{"name": "y", "column": "y", "loss": "squared"}])) == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([None, "p", "q"])), min_size=1, max_size=12))
 def test_a_task_feature_may_be_unknown_but_not_vary(rows: list[tuple[str, str | None]]) -> None:
     n = len(rows)
@@ -259,7 +259,7 @@ def test_without_a_time_equal_rows_may_be_attempts_and_stay() -> None:
     assert dropped.total == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from([None, "a", "b"])), min_size=1, max_size=14

@@ -24,7 +24,7 @@ from limaml.interactions.keys import join_key, split_key, task_keys
 from limaml.interactions.schema import Feature, Label, Schema, Task
 from limaml.types import ROW, FeatureKind, FeatureSpec
 
-SOME = settings(deadline=None, max_examples=60)
+SOME = settings(max_examples=60)
 
 
 def schema(*features: dict[str, object], **others: object) -> Schema:
@@ -291,7 +291,7 @@ def test_only_training_rows_leave_a_trace_and_the_mask_is_in_order_of_time() -> 
     assert users.tolist() == [[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]  # b: 40, from its latest row
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_rows_outside_the_mask_never_change_the_encoder(data: st.DataObject) -> None:
     n = data.draw(st.integers(2, 15))
@@ -381,7 +381,7 @@ def test_a_request_may_send_numbers_as_text_and_text_as_numbers() -> None:
     kind=st.sampled_from(["signed", "unsigned", "float", "text"]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ids_of_many_values_are_those_of_each(known: list[int], kind: str, seed: int) -> None:
     """Many are searched for at once, few are looked up one by one."""
     rng = np.random.default_rng(seed)

@@ -134,7 +134,7 @@ def test_the_bucket_of_a_task_never_changes() -> None:
     assert task_bucket(("a", "b"), 1 << 60) == task_bucket("a|b", 1 << 60)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(ids=st.lists(st.text(max_size=500), min_size=1, max_size=20), buckets=st.integers(1, 9))
 def test_any_text_is_an_id(tmp_path_factory: pytest.TempPathFactory, ids: list[str], buckets: int) -> None:
     log = InteractionLog(tmp_path_factory.mktemp("log"), "member", buckets)
@@ -144,7 +144,7 @@ def test_any_text_is_an_id(tmp_path_factory: pytest.TempPathFactory, ids: list[s
         assert log.read([member]).equals(table.filter(pl.col("member") == member))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     rows=st.lists(
         st.tuples(

@@ -81,7 +81,7 @@ def test_folders_globs_and_files_are_one_list(tmp_path: Path) -> None:
     assert sum(one.new for one in again.values()) == 0 and log.position == 4
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     sizes=st.lists(st.integers(0, 60), min_size=1, max_size=4),
     buffer=st.integers(1, 4000),
@@ -303,7 +303,7 @@ IDS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(rows=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=20))
 def test_hashes_of_columns_are_those_of_keys(rows: list[tuple[str, str]]) -> None:
     frame = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String}, orient="row")

@@ -30,7 +30,7 @@ Rows = list[tuple[str, int]]
 Write = Callable[[Path, Manifest], None]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     appends=st.lists(
         st.tuples(st.booleans(), st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 8)), max_size=12)),
@@ -173,7 +173,7 @@ def test_a_log_that_keeps_no_row_of_a_bucket_keeps_its_columns(tmp_path: Path) -
     assert log.read().height == 10 and log.read().schema == log.schema
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     sizes=st.lists(st.tuples(st.booleans(), st.integers(0, 40)), min_size=1, max_size=10),
     file_bytes=st.sampled_from([1, 3000, 2**26]),

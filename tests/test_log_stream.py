@@ -52,7 +52,7 @@ def test_a_stream_append_is_one_file(tmp_path: Path) -> None:
 Step = tuple[str, int]
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["file", "stream", "compact", "forget"]), st.integers(0, 12)), min_size=1, max_size=14

@@ -56,14 +56,14 @@ def same(mine: float, expected: float) -> bool:
     return (math.isnan(mine) and math.isnan(expected)) or mine == pytest.approx(expected, abs=1e-10)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(rows())
 def test_auc_counts_every_pair(data: dict[str, np.ndarray]) -> None:
     expected = naive_auc(data["label"], data["score"], data["weight"])
     assert same(auc(data["label"], data["score"], data["weight"]), expected)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(rows())
 def test_gauc_is_the_weighted_mean_of_each_tasks_auc(data: dict[str, np.ndarray]) -> None:
     top = bottom = total = 0.0
@@ -100,7 +100,7 @@ def test_agrees_with_scikit_learn(seed: int) -> None:
     assert rmse(value, guess, weight) == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows(), st.integers(0, 2**31))
 def test_the_order_of_the_rows_does_not_matter(data: dict[str, np.ndarray], seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(data["label"]))
@@ -111,7 +111,7 @@ def test_the_order_of_the_rows_does_not_matter(data: dict[str, np.ndarray], seed
     assert same(*(gauc(d["task"], d["label"], d["score"], d["weight"]).value for d in (data, mixed)))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows())
 def test_an_integer_weight_is_a_repeated_row(data: dict[str, np.ndarray]) -> None:
     count = (2 * data["weight"]).astype(int)

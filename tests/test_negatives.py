@@ -52,7 +52,7 @@ class Oracle:
 events_of = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=25)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     events=events_of,
     asked=st.integers(1, 5),

@@ -79,7 +79,7 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(table=tables(), data=st.data())
 def test_rows_come_back_in_any_order(table: pl.DataFrame, data: st.DataObject) -> None:
     codec = RowCodec(table.schema)
@@ -94,7 +94,7 @@ def test_rows_come_back_in_any_order(table: pl.DataFrame, data: st.DataObject) -
     assert codec.pack(back) == [rows[i] for i in order]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(table=tables())
 def test_bytes_are_equal_where_rows_are(table: pl.DataFrame) -> None:
     twice = pl.concat([table, table])

@@ -301,7 +301,7 @@ TITLES = WORDS.map(str.strip).filter(bool)
 
 
 @given(st.lists(st.tuples(TITLES, st.integers(1900, 2030)), min_size=1, max_size=8))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_title_survives_movielens(tmp_path_factory: pytest.TempPathFactory, titles: list[tuple[str, int]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
@@ -326,7 +326,7 @@ def test_any_title_survives_movielens(tmp_path_factory: pytest.TempPathFactory, 
         max_size=6,
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_visit_becomes_its_rows(
     tmp_path_factory: pytest.TempPathFactory,
     visits: list[tuple[list[int], list[tuple[int, bool]], dt.datetime]],

@@ -44,7 +44,7 @@ def one(scores: np.ndarray, chosen: np.ndarray, masked: np.ndarray, cutoffs: tup
 
 
 @given(lists(7), st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_metrics_are_means_over_all_orders_of_ties(case: tuple[np.ndarray, ...], k: int) -> None:
     scores, chosen, masked = case
     found = one(scores, chosen, masked, (k,))
@@ -70,7 +70,7 @@ def test_metrics_are_means_over_all_orders_of_ties(case: tuple[np.ndarray, ...],
 
 
 @given(lists(60), st.integers(1, 70))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_ndcg_is_that_of_scikit_learn(case: tuple[np.ndarray, ...], k: int) -> None:
     scores, chosen, masked = case
     kept = ~masked

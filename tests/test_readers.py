@@ -92,7 +92,7 @@ CELLS = st.text(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(CELLS, CELLS, st.integers(-(2**62), 2**62)), min_size=1, max_size=8))
 def test_any_text_survives_csv(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, int]]) -> None:
     frame = pl.DataFrame(rows, schema={"one": pl.String, "two": pl.String, "number": pl.Int64}, orient="row")
@@ -244,7 +244,7 @@ def test_side_tables_are_joined_by_their_keys_and_rows_stay_in_order() -> None:
     assert "1 value(s) of 'user' in 1 row(s) are not in the side table, for example 3 in row 3" in joined.notes[0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 9), max_size=20), st.sets(st.integers(0, 9)))
 def test_joining_is_a_look_up(keys: list[int], known: set[int]) -> None:
     table = pl.DataFrame({"k": list(known), "v": [10 * key for key in known]}, schema={"k": pl.Int32, "v": pl.Int64})

@@ -49,7 +49,7 @@ def clock(times: list[int], tasks: int = 2) -> limaml.types.Interactions:
     return index_interactions(frame, PLAIN)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 40), min_size=6, max_size=60), st.integers(1, 6), st.integers(1, 12))
 def test_periods_cover_all_rows_and_part_no_moment(times: list[int], parts: int, length: int) -> None:
     time = np.sort(np.array(times, dtype=np.int64))

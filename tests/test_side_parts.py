@@ -35,7 +35,7 @@ def small(patch: pytest.MonkeyPatch, held: int = 2**20) -> None:
 Key = st.none() | st.integers(-5, 40)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     keys=st.lists(Key, min_size=1, max_size=40, unique=True),
     asked=st.lists(Key, max_size=30),

@@ -155,7 +155,7 @@ def test_an_apply_needs_a_click() -> None:
     assert np.corrcoef(data.truth.logits.T)[0, 1] < 0.8  # two tastes, not one
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     tasks=st.integers(1, 30),
     items=st.integers(1, 20),

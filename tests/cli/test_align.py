@@ -13,7 +13,7 @@ from limaml.cli.align import aligned
 INTEGERS = [pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt32]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(values=st.lists(st.one_of(st.none(), st.integers(-300, 300)), min_size=1), kind=st.sampled_from(INTEGERS))
 def test_an_integer_is_kept_or_refused(values: list[int | None], kind: type[pl.DataType]) -> None:
     frame = pl.DataFrame({"x": pl.Series(values, dtype=pl.Int64)})
@@ -30,7 +30,7 @@ def test_an_integer_is_kept_or_refused(values: list[int | None], kind: type[pl.D
         assert extra == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(values=st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6), st.integers(-9, 9).map(float)), min_size=1))
 def test_a_float_becomes_an_integer_only_if_it_is_one(values: list[float | None]) -> None:
     frame = pl.DataFrame({"x": pl.Series(values, dtype=pl.Float64)})

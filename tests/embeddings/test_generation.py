@@ -211,7 +211,7 @@ keys = st.lists(st.text(max_size=8), unique=True, max_size=12)
 
 
 @given(keys=keys, factors=st.booleans(), features=st.booleans(), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_shard_comes_back_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, keys: list[str], factors: bool, features: bool, seed: int
 ) -> None:
@@ -237,7 +237,7 @@ def test_a_shard_comes_back_as_it_was(
 
 
 @given(users=st.lists(st.sampled_from(["a", "b", "ü", "c|d", ""]), min_size=1, max_size=30), parts=st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_dealing_loses_no_row_and_keeps_their_order(
     tmp_path_factory: pytest.TempPathFactory, users: list[str], parts: int
 ) -> None:

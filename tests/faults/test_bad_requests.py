@@ -236,7 +236,7 @@ def test_what_is_made_from_the_description_is_answered_as_it_says(tmp_path: Path
             right = operation.ok().as_strategy()
             wrong = operation.ok().as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
-            @settings(max_examples=MADE, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=MADE, database=None, suppress_health_check=list(HealthCheck))
             @given(right | wrong)
             def ask(case: Any) -> None:
                 sent = case.as_transport_kwargs(base_url=server.url)

@@ -32,7 +32,7 @@ def adapted(model: MetaModel, data: Interactions, among: Tensor | None = None) -
     return model.adapt(data, "user", tasks, grouped.of_tasks(tasks)).detach()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     unit=UNITS,
     half_life=st.sampled_from([0.3, 2.0, 50.0]),
@@ -63,7 +63,7 @@ def test_all_engines_agree(
     assert (float(oracle.gradients["half_lives.user.log_half_life"].abs()) > 0) == (order == 2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(unit=UNITS, solver=st.sampled_from(["gradient", "newton"]), seed=st.integers(0, 100))
 def test_a_half_life_is_a_weight_that_halves(unit: str, solver: str, seed: int) -> None:
     """Against weights that plain Python works out, row by row; they are in the normalisation too."""
@@ -107,7 +107,7 @@ def test_finite_differences_confirm_its_gradient(solver: str, unit: str) -> None
     assert float(gradient.abs()) > 1e-4
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(unit=UNITS, shift=st.integers(-(10**15), 10**15), seed=st.integers(0, 100))
 def test_neither_the_clock_nor_other_tasks_matter(unit: str, shift: int, seed: int) -> None:
     case = Case(sizes=(6, 3, 8), time_unit=unit, seed=seed, adaptation={"solver": "newton", "half_life": 3.0})
@@ -127,7 +127,7 @@ def test_neither_the_clock_nor_other_tasks_matter(unit: str, shift: int, seed: i
     assert torch.allclose(adapted(model, one)[1], whole[1], rtol=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(unit=UNITS, seed=st.integers(0, 100), cap=st.integers(1, 12))
 def test_ages_count_from_the_newest_row_of_the_support(unit: str, seed: int, cap: int) -> None:
     data = random_data(Case(sizes=(9, 0, 1, 30), time_unit=unit, seed=seed))

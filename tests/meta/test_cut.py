@@ -56,7 +56,7 @@ def blocks() -> dict[str, nn.Module]:
     }
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 6), st.lists(st.integers(0, 2), min_size=5, max_size=5), st.sampled_from(sorted(blocks())))
 def test_parts_add_up_to_the_whole(n: int, dealt: list[int], which: str) -> None:
     block = blocks()[which]

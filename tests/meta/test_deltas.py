@@ -31,7 +31,7 @@ def calls_of(inputs: int, outputs: int, lengths: list[int], generator: torch.Gen
     return [(normal(TASKS, length, inputs), normal(TASKS, length, outputs)) for length in lengths]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     inputs=st.integers(1, 9),
     outputs=st.integers(1, 9),

@@ -63,7 +63,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=cases)
 @example(
     case=Case(pieces=("tied", "called twice"), sequence="encoder", sizes=(0, 1, 30), steps=4, types=("user", "item"))
@@ -74,7 +74,7 @@ def test_all_engines_agree_in_float64(case: Case) -> None:
         conforms(case, engine, oracle)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases)
 def test_all_engines_agree_in_float32(case: Case) -> None:
     case = replace(case, dtype=torch.float32, steps=min(case.steps, 2))
@@ -230,7 +230,7 @@ def test_no_steps_is_the_cold_embedding(solver: str) -> None:
     assert torch.equal(model.adapt(data, "user", tasks, support), model.cold(data, "user", tasks))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(sizes=heavy_tailed, chunk=st.integers(1, 20), cap=st.one_of(st.none(), st.integers(1, 4)))
 def test_embedding_in_chunks_is_embedding_at_once(sizes: list[int], chunk: int, cap: int | None) -> None:
     case = Case(sizes=sizes, adaptation={"max_support": cap})
@@ -277,7 +277,7 @@ def test_a_task_that_overflows_is_isolated_and_reported(solver: str, caplog: pyt
 # ---- hoisting -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(case=cases)
 def test_hoisting_changes_nothing(case: Case) -> None:
     model, data = model_of(case, "lowrank"), random_data(case)

@@ -74,7 +74,7 @@ def test_squared_loss_on_a_linear_block_is_bayesian_regression(case: Case) -> No
     assert torch.allclose(again, z, rtol=1e-9)  # one step is enough
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     losses=st.sampled_from([("binary",), ("binary", "squared"), ("binary", "binary")]),
     global_block=st.sampled_from(["interaction", "cross", "plain"]),
@@ -178,7 +178,7 @@ def test_one_step_is_gauss_newton() -> None:
         assert torch.allclose(z[task], cold[task] - torch.linalg.solve(hessian, gradient), rtol=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     kinds=st.lists(st.sampled_from(["binary", "squared"]), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
@@ -257,7 +257,7 @@ def test_damping_prevents_divergence() -> None:
     assert descent[-1] == pytest.approx(8 * torch.log(torch.tensor(2.0)).item(), rel=1e-2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 500), halvings=st.integers(0, 3), scale=st.sampled_from([1.0, 20.0, 500.0]))
 def test_no_step_makes_a_task_worse(seed: int, halvings: int, scale: float) -> None:
     case = Case(sizes=(6, 4, 0, 1), seed=seed, losses=("binary", "squared"))
@@ -328,7 +328,7 @@ def test_settings_are_checked() -> None:
 # ---- sums over tasks ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.one_of(st.just(0), st.just(1), st.integers(2, 40)), min_size=1, max_size=8),
     left=st.integers(1, 4),

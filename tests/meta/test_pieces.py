@@ -54,7 +54,7 @@ def assert_same(found: list[Tensor], truth: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(cases, st.integers(1, 40))
 def test_slopes(case: Case, rows_per_piece: int) -> None:
     whole, z = support_of(case, None, hoist=False)  # nothing by hand, nothing hoisted
@@ -67,7 +67,7 @@ def test_slopes(case: Case, rows_per_piece: int) -> None:
         assert_same(derived(support, [found], z), derived(whole, [truth], z))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(cases, st.integers(1, 40))
 def test_gauss_newton_sums(case: Case, rows_per_piece: int) -> None:
     whole, z = support_of(case, None, hoist=False)
@@ -104,7 +104,7 @@ def test_a_chain_is_what_autograd_does(activation: nn.Module, heads: int, first:
                 torch.testing.assert_close(chain.backward(slope * weight), expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=4),
     st.integers(0, 6),
@@ -188,7 +188,7 @@ def test_a_subclass_that_scores_in_another_way_is_not_passed_by_hand() -> None:
     assert ClosedForm.of(support.scorer) is None
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 9), st.integers(1, 3), st.integers(1, 6), st.integers(0, 100))
 def test_spread_and_its_transpose(rows: int, each: int, entries: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -202,7 +202,7 @@ def test_spread_and_its_transpose(rows: int, each: int, entries: int, seed: int)
         assert torch.autograd.gradcheck(spread.rows, table) and torch.autograd.gradgradcheck(spread.sums, values)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(cases, st.integers(1, 40))
 def test_query_logits(case: Case, rows_per_piece: int) -> None:
     whole, z = support_of(case, None, hoist=False)

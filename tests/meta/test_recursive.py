@@ -22,7 +22,7 @@ def updated(model: MetaModel, data: Interactions, among: Tensor | None, before: 
     return model.embed(data, "user", rows, uncertainty=True, before=before)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 2, 9]), min_size=1, max_size=5).filter(any),
     heads=st.integers(1, 2),

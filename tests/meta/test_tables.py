@@ -74,7 +74,7 @@ def bags(draw: st.DrawFn) -> tuple[nn.EmbeddingBag, tuple[Tensor | None, ...]]:
     return module, (ids, offsets, torch.rand(ids.shape, dtype=torch.float64, requires_grad=True) if weighted else None)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(drawn=bags())
 def test_a_bag_is_its_rows_reduced(drawn: tuple[nn.EmbeddingBag, tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
     module, (ids, offsets, weights) = drawn

@@ -64,7 +64,7 @@ def test_on_a_linear_block_it_is_that_of_bayesian_regression(heads: int) -> None
             assert float(found[row, head]) ** 2 == pytest.approx(expected, rel=1e-6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     losses=st.sampled_from([("binary",), ("binary", "squared")]),
     global_block=st.sampled_from(["interaction", "cross", "plain"]),
@@ -103,7 +103,7 @@ def test_it_adds_up_over_task_types(
     assert (found > 0).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 500), more=st.integers(1, 10))
 def test_more_support_never_makes_it_larger(seed: int, more: int) -> None:
     """With a squared loss on a linear block each row adds to H, whatever its label."""

@@ -72,7 +72,7 @@ def assert_equal(windows: Windows, log: InteractionLog, schema: Schema, keep: in
 ROW = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 6), st.integers(0, 1), st.integers(0, 3))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     appends=st.lists(
         st.tuples(st.sampled_from(["file", "stream", "catch up", "fold", "rebuild"]), st.lists(ROW, max_size=12)),
@@ -114,7 +114,7 @@ def test_windows_are_what_the_log_gives(
         assert windows.catch_up().rows == 0
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(parts=st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=6), both=st.booleans())
 def test_what_changed_since_an_append_is_known(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[tuple[int, ...]]], both: bool
@@ -224,7 +224,7 @@ def test_keys_of_any_length(tmp_path: Path) -> None:
         assert sorted(windows.changed_since("user", 0)) == sorted(users)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(rows=st.lists(ROW, min_size=1, max_size=25), user=st.integers(0, 2))
 def test_a_forgotten_task_leaves_all_windows(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, ...]], user: int

@@ -36,7 +36,7 @@ def older(data: Interactions, mask: torch.Tensor, row: int, most: int, *, all_of
     return mine[-most:]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), most=st.integers(1, 12), rows=st.integers(2, 60))
 def test_histories_are_those_of_a_loop(seed: int, most: int, rows: int) -> None:
     data = small_data(seed, rows)

@@ -152,7 +152,7 @@ def running(folder: Path) -> Iterator[tuple[service_pb2_grpc.GRPCInferenceServic
         assert "Traceback" not in "".join(server.log) and "exception" not in "".join(server.log)
 
 
-@settings(max_examples=int(os.environ.get("LIMAML_FUZZ", "250")), deadline=None)
+@settings(max_examples=int(os.environ.get("LIMAML_FUZZ", "250")))
 @given(request_=infer_requests(), pinned=st.booleans())
 def test_a_real_server_answers_or_refuses_what_is_nearly_right(
     running: tuple[service_pb2_grpc.GRPCInferenceServiceStub, str],

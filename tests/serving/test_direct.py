@@ -186,7 +186,7 @@ requests = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(requests, min_size=1, max_size=6), st.data())
 def test_whatever_is_sent_in_whatever_pieces(world: World, sent: list[bytes], data: st.DataObject) -> None:
     whole = b"".join(sent)

@@ -400,7 +400,7 @@ structured = st.fixed_dictionaries(
 ).map(lambda fields: service_pb2.ModelInferRequest(**fields).SerializeToString())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(path=st.sampled_from(PATHS), body=st.binary(max_size=60) | structured)
 def test_random_requests_are_answered_or_refused(channel: grpc.Channel, path: str, body: bytes) -> None:
     try:
@@ -475,7 +475,7 @@ def test_a_port_in_use_is_said(running: Running) -> None:
         running.do(second())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["INT64", "FP32", "BYTES", "BOOL"]), st.integers(0, 40)), min_size=1, max_size=4

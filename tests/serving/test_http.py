@@ -514,7 +514,7 @@ def tensors(draw: st.DrawFn) -> InferTensor:
     return InferTensor(draw(st.text(min_size=1, max_size=5)), datatype, shape, data.reshape(shape))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(tensors(), max_size=4, unique_by=lambda tensor: tensor.name), st.sets(st.integers(0, 3)))
 def test_tensors_come_back_as_they_were_sent(sent: list[InferTensor], raw: set[int]) -> None:
     """An answer has the form of a request, so that it can be read as one."""
@@ -556,7 +556,7 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=REQUEST | JSON, tail=st.binary(max_size=60), cut=st.integers(-3, 3), good=st.sets(st.integers(0, 3)))
 @example(
     body={"inputs": [{"name": "user_id", "shape": [1], "datatype": "FP16", "data": [1e300]}]},
@@ -577,7 +577,7 @@ def test_no_request_makes_a_5xx(ask: Client, body: Any, tail: bytes, cut: int, g
 
 
 def test_the_codec_refuses_and_never_breaks_on_random_bytes() -> None:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(st.binary(max_size=80), st.none() | st.integers(-1, 90).map(str) | st.text(max_size=4))
     def check(body: bytes, length: str | None) -> None:
         with contextlib.suppress(Refused):
@@ -599,7 +599,7 @@ def test_the_api_does_what_its_description_says(served: tuple[Client, HttpApp, l
             generation_mode=schemathesis.GenerationMode.NEGATIVE
         )
 
-        @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=12, suppress_health_check=list(HealthCheck))
         @given(case_of)
         def check(case: Any) -> None:
             sent = case.as_transport_kwargs(base_url="http://here")

@@ -57,7 +57,7 @@ values = st.sampled_from(sorted(DATATYPES)).flatmap(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.dictionaries(st.sampled_from("abcde"), values, max_size=4), st.data())
 def test_a_request_seen_before_is_read_the_same(tensors: dict[str, tuple[str, Any]], data: st.DataObject) -> None:
     more = {"outputs": [{"name": "score", "parameters": {"binary_data": True}}], "parameters": {"nan_is_missing": True}}

@@ -37,7 +37,7 @@ def blocks(draw: st.DrawFn) -> tuple[InteractionMLP, Features, Features]:
     return block.double().eval(), features, embeddings
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(blocks(), st.data())
 def test_it_scores_as_the_block_does(made: tuple[InteractionMLP, Features, Features], data: st.DataObject) -> None:
     block, features, embeddings = made

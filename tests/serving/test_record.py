@@ -51,7 +51,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     series=values, name=st.text(max_size=3), parameters=st.dictionaries(st.text(max_size=2), st.integers() | st.text())
 )

@@ -150,7 +150,7 @@ def series(draw: st.DrawFn, nulls: bool = True) -> pl.Series:
     return pl.Series("value", draw(st.lists(each, min_size=1, max_size=8)), dtype=TYPES[kind])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(series(), min_size=1, max_size=3), series(), st.booleans())
 def test_look_ups_encode_as_the_encoder_does(asked: list[pl.Series], fitted: pl.Series, hashed: bool) -> None:
     for kind in (FeatureKind.CATEGORICAL, FeatureKind.TOKENS, FeatureKind.NUMERIC):
@@ -175,7 +175,7 @@ def test_look_ups_encode_as_the_encoder_does(asked: list[pl.Series], fitted: pl.
             torch.testing.assert_close(lookup.encode(Column.of_series(values)), wanted, rtol=0, atol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(series(nulls=False), series(nulls=False))
 def test_keys_are_those_of_training(first: pl.Series, second: pl.Series) -> None:
     rows = min(len(first), len(second))
@@ -193,7 +193,7 @@ def test_keys_are_those_of_training(first: pl.Series, second: pl.Series) -> None
         assert found[place].tolist() == list(range(len(keys)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=12), min_size=1, max_size=12), st.integers(0, 12))
 def test_a_full_cache_begins_anew_and_never_answers_wrongly(requests: list[list[int]], room: int) -> None:
     seen = 0
@@ -212,7 +212,7 @@ def test_a_full_cache_begins_anew_and_never_answers_wrongly(requests: list[list[
         assert last.tolist() == [float(value) for value in ids * 2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_rows_are_found_whether_or_not_their_first_id_says_which_they_are(data: st.DataObject) -> None:
     """Ids beyond the table of small values, negative ones, items that changed their category, and numbers beside texts."""

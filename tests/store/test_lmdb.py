@@ -173,7 +173,7 @@ def test_a_damaged_embedding_is_named(path: Path, damage: str) -> None:
         said_by_all_who_meet_it(store)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_of_a_file_that_holds_embeddings_is_found(path: Path, place: float, bit: int) -> None:
     if not path.exists():
@@ -482,7 +482,7 @@ def test_what_is_hidden_by_a_later_put_is_not_in_the_merged_file(path: Path) -> 
         assert store.verify("m") == {"member": 3} and not as_written(only_run(path))
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=80))
 def test_puts_in_any_pieces_end_in_the_highest_revisions(
     tmp_path_factory: pytest.TempPathFactory, puts: list[tuple[int, int, int]]

@@ -52,20 +52,20 @@ def packed_and_back(given: np.ndarray, dtype: str) -> np.ndarray:
     return found
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(vectors(singles))
 def test_float32_is_exact(given: np.ndarray) -> None:
     assert packed_and_back(given, "float32").tobytes() == given.tobytes()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(vectors(st.floats(-65504, 65504, width=32)))
 def test_float16_is_off_by_half_a_unit(given: np.ndarray) -> None:
     error = np.abs(packed_and_back(given, "float16").astype(np.float64) - given)
     assert (error <= np.maximum(np.abs(given.astype(np.float64)) * 2.0**-11, 2.0**-25)).all()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(vectors(singles))
 def test_int8_is_off_by_half_a_step_of_the_largest_number(given: np.ndarray) -> None:
     found = packed_and_back(given, "int8").astype(np.float64)
@@ -74,7 +74,7 @@ def test_int8_is_off_by_half_a_step_of_the_largest_number(given: np.ndarray) -> 
     assert (np.abs(found - given) <= largest / 254 * (1 + 1e-5) + 2.0**-149).all()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(vectors(st.floats(-65504, 65504, width=32)), st.sampled_from(DTYPES))
 def test_the_bytes_are_the_same_with_torch_and_without(given: np.ndarray, dtype: str) -> None:
     numbers = np.arange(len(given))
@@ -118,7 +118,7 @@ def test_the_bytes_are_as_documented() -> None:
     assert value == body + struct.pack("<I", check_of(value, b"x", b"here"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(vectors(st.floats(-60000, 60000, width=32)), st.sampled_from(DTYPES), st.data())
 def test_any_flipped_bits_and_any_other_key_are_seen(given: np.ndarray, dtype: str, data: st.DataObject) -> None:
     n = len(given)
@@ -150,7 +150,7 @@ def test_two_numbers_that_both_change_their_sign_are_seen() -> None:
             assert not intact(table, seeds).any()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.text(st.characters(codec=None), max_size=40) | st.text(max_size=300), max_size=8))
 def test_hashes_are_the_same_one_by_one_together_and_in_plain_python(ids: list[str]) -> None:
     raws = [id_bytes(each) for each in ids]
@@ -166,7 +166,7 @@ def test_a_header_of_another_shape_is_refused() -> None:
         unpack(packed, 8, "float16")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.text(st.characters(codec=None), max_size=450), unique=True, max_size=8))
 def test_identities_are_distinct_short_and_the_same_one_by_one(ids: list[str]) -> None:
     names = identities(ids, b"prefix")
@@ -176,7 +176,7 @@ def test_identities_are_distinct_short_and_the_same_one_by_one(ids: list[str]) -
     assert b"prefix" + COLD not in names
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=1))
 def test_revisions_are_ordered_as_pairs(rows: list[tuple[int, int, int, int]]) -> None:
     columns = np.array(rows, np.int64).T

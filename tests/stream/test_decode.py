@@ -196,7 +196,7 @@ PAYLOADS = st.one_of(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # the first draw builds tables
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the first draw builds tables
 @given(st.lists(PAYLOADS, max_size=8))
 def test_every_event_is_taken_or_refused_and_alone_as_among_others(payloads: list[bytes]) -> None:
     together = decoder().decode(payloads)
@@ -213,7 +213,7 @@ KINDS = [pl.Int8(), pl.UInt64(), pl.Float32(), pl.Float64(), pl.String(), pl.Boo
 KINDS += [pl.Datetime("ms", "UTC"), pl.List(pl.Int16), pl.Array(pl.Float32, 2), pl.List(pl.Date)]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(KINDS), st.lists(JSON, max_size=6))
 def test_a_column_holds_what_it_can_and_says_the_rest(kind: pl.DataType, values: list[object]) -> None:
     assert can_hold(kind)

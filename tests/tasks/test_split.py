@@ -68,7 +68,7 @@ def check_sides(data: Interactions, split: Split) -> None:
             assert int(before.max()) < int(behind.min())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=tables(), share=shares, drop=st.booleans())
 def test_task_order_takes_the_last_share_of_each_task(data: Interactions, share: float, drop: bool) -> None:
     among = torch.arange(len(data)) % 3 != 0 if drop else torch.ones(len(data), dtype=torch.bool)
@@ -105,7 +105,7 @@ def test_tiny_tasks() -> None:
     assert not len(empty.test) and empty.tied == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=tables(least_tasks=2), share=shares, behind=shares, seed=st.integers(0, 100))
 def test_new_tasks_are_never_trained_on(data: Interactions, share: float, behind: float, seed: int) -> None:
     split = split_by_new_tasks(data, "user", seed=seed, share=share, behind=behind)
@@ -128,7 +128,7 @@ def test_another_seed_holds_out_other_tasks() -> None:
         split_by_new_tasks(interactions([0, 0], [0, 1]), "user", seed=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=tables(), cut=st.integers(-1, 10), length=st.one_of(st.none(), st.integers(1, 5)))
 def test_time_split(data: Interactions, cut: int, length: int | None) -> None:
     split = split_by_time(data, "user", cut=cut, until=None if length is None else cut + length)
@@ -189,7 +189,7 @@ def test_a_tie_is_a_leak() -> None:
     check_no_leak(data, "user", rows([(0, 0)]), Rows.empty(), torch.tensor([0]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=tables(), seed=st.integers(0, 1000))
 def test_the_check_finds_exactly_the_leaks(data: Interactions, seed: int) -> None:
     """Random supports and queries; the truth is found by looking at every pair of rows."""

@@ -18,7 +18,7 @@ def rows_of(index: list[int], task: int, among: list[bool] | None = None) -> lis
     return [row for row, owner in enumerate(index) if owner == task and (among is None or among[row])]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ranges=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=8))
 def test_flat_ranges(ranges: list[tuple[int, int]]) -> None:
     start, length = (torch.tensor([r[i] for r in ranges], dtype=torch.int64) for i in (0, 1))
@@ -27,7 +27,7 @@ def test_flat_ranges(ranges: list[tuple[int, int]]) -> None:
     assert owner.tolist() == [i for i, (_, n) in enumerate(ranges) for _ in range(n)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(owned=owners, data=st.data())
 def test_windows_are_the_most_recent_rows_oldest_first(owned: tuple[int, list[int]], data: st.DataObject) -> None:
     tasks, index = owned
@@ -53,7 +53,7 @@ def split_of(batch: TaskBatch, tasks: int) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(owned=owners, seed=st.integers(0, 1000), cap=st.one_of(st.none(), st.integers(1, 5)), data=st.data())
 def test_cross_fit_judges_every_row_once_and_never_on_itself(
     owned: tuple[int, list[int]], seed: int, cap: int | None, data: st.DataObject
@@ -78,7 +78,7 @@ def test_cross_fit_judges_every_row_once_and_never_on_itself(
             assert support == (heads if cap is None else heads[-cap:])  # capped: the most recent ones
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(owned=owners, seed=st.integers(0, 1000), cap=st.one_of(st.none(), st.integers(1, 5)))
 def test_time_cut_has_the_past_in_the_support(owned: tuple[int, list[int]], seed: int, cap: int | None) -> None:
     tasks, index = owned
@@ -102,7 +102,7 @@ def test_time_cuts_are_spread_over_the_whole_history() -> None:
     assert float(((counts - 200) ** 2 / 200).sum()) < 18.5  # χ² of 4 degrees of freedom, p = 0.001
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sizes=st.lists(st.integers(0, 30), max_size=20),
     rows_per_batch=st.integers(1, 40),
