@@ -124,3 +124,16 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, monkeypatch: pytest.
         SideTables(side).join(pl.DataFrame({"user": [7]}), {"age"})
     with pytest.raises(DataError, match="no column 'user'"):
         SideTables(side).join(pl.DataFrame({"member": [7]}), {"age"})
+
+
+@pytest.mark.parametrize("kind", [pl.Int64, pl.String])
+def test_many_rows_are_given_what_few_are(tmp_path: Path, kind: type[pl.DataType]) -> None:
+    table = pl.DataFrame({"user": pl.int_range(500, eager=True).cast(kind), "age": pl.int_range(500, eager=True) * 1.5})
+    side = SideTables(keep(tmp_path / "side", "user", table))
+    asked = (pl.int_range(9000, eager=True) * 37 % 700).cast(kind)
+    frame = pl.DataFrame(
+        {"n": range(9000), "user": pl.Series(asked).set(pl.Series([n % 11 == 0 for n in range(9000)]), None)}
+    )
+    pieces = pl.concat([side.join(frame[start : start + 1000], ["age"]) for start in range(0, 9000, 1000)])
+    assert side.join(frame, ["age"]).equals(pieces)
+    assert 0 < pieces["age"].null_count() < 9000

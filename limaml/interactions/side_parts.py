@@ -84,23 +84,25 @@ class PartedTable(Generic[_Part]):
                 raise DataError(missing_column(name, "the key to join the interactions by", frame.columns))
         if not frame.height:
             return self._part(0).look_up(frame, needed)
-        place = self._places(frame)
+        keys = frame.select(self._names)
+        place = self._places(keys)
+        if (place == place[0]).all():  # the rows of a bucket of the log
+            return self._part(int(place[0])).look_up(keys, needed)
         order = np.argsort(place, kind="stable")
         found, starts = np.unique(place[order], return_index=True)
         cuts = [*starts.tolist(), len(order)]
         parts = [
-            self._part(int(number)).look_up(frame[order[start:end]], needed)
+            self._part(int(number)).look_up(keys[order[start:end]], needed)
             for number, start, end in zip(found, cuts, cuts[1:], strict=False)
         ]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return parts[0] if len(parts) == 1 else pl.concat(parts)[back]
+        return pl.concat(parts)[back]
 
-    def _places(self, frame: pl.DataFrame) -> NDArray[np.int64]:
+    def _places(self, keys: pl.DataFrame) -> NDArray[np.int64]:
         """The part of each row's key; 0 for a key that is null, which no part has."""
-        keys = frame.select(self._names)
         whole = keys.select(pl.all_horizontal(pl.all().is_not_null())).to_series().to_numpy()
-        place = np.zeros(frame.height, np.int64)
+        place = np.zeros(keys.height, np.int64)
         place[whole] = self._log.bucket_of(keys.filter(whole))
         return place
 

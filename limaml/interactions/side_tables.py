@@ -22,6 +22,7 @@ from limaml.interactions.side_parts import PartedTable, is_large, stamp_of
 
 __all__ = ["SideTables"]
 
+_LONG = 4096  # rows, from which on distinct keys are found first
 _SIGNED = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)
 
 
@@ -96,7 +97,11 @@ class _Table:
 
     def look_up(self, frame: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         """The columns `needed` of the row of the table for each row of `frame`, null where there is none."""
-        return self._values.select(needed)[self.positions(frame)]
+        values = self._values.select(needed)
+        if frame.height <= _LONG or any(name not in frame.columns for name in self._names):
+            return values[self.positions(frame)]
+        codes, first = factorise(frame.select(self._names))  # each key is searched once, and its row read once
+        return values[self.positions(frame.select(self._names)[first])][codes]
 
     def positions(self, frame: pl.DataFrame) -> NDArray[np.int64]:
         """The row of the table for each row of `frame`, `[rows]`."""
