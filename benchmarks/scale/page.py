@@ -49,9 +49,11 @@ def generate(sizes: Sequence[Size]) -> list[str]:
     for one in sizes:
         runs = one["runs"]
         head = [f"{run['engine']}, {run['workers']}" for run in runs]
+        named = " ".join(dict.fromkeys(f"{run['engine']}:{run['workers']}" for run in runs))
+        command = f"--tasks {one['tasks']} --runs {named}{'' if 'refresh' in one else ' --no-refresh'}"
         lines += [
             "",
-            f"{one['embedded']:,} members, {one['rows']:,} interactions, {one['buckets']} buckets:",
+            f"{one['embedded']:,} members, {one['rows']:,} interactions, {one['buckets']} buckets (`{command}`):",
             "",
             "| engine, workers | " + " | ".join(head) + " |",
             "|---|" + "---|" * len(runs),
