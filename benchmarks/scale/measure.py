@@ -50,11 +50,10 @@ def usage() -> float:
     return mine.ru_utime + mine.ru_stime
 
 
-def keep(out: Path, size: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write what was found for a number of tasks to a result file; other sizes stay as they were. All sizes, ascending."""
+def keep(out: Path, size: dict[str, Any]) -> None:
+    """Write what was found for a number of tasks to a result file; other sizes stay as they were."""
     known = json.loads(out.read_text(encoding="utf-8"))["sizes"] if out.exists() else []
     sizes = sorted([one for one in known if one["tasks"] != size["tasks"]] + [size], key=lambda one: int(one["tasks"]))
     size |= {"machine": processor_name(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"sizes": sizes}, indent=1) + "\n", encoding="utf-8")
-    return sizes

@@ -31,8 +31,9 @@ def first_of_equals(rows: pl.DataFrame, times: Longs, buckets: Longs, codes: Lon
     if not len(places):
         return order
     seen, gone = set[tuple[int, bytes]](), list[int]()
-    for place, *row in zip(places.tolist(), group[places].tolist(), codec.pack(rows[order[places]]), strict=True):
-        if (equal := (row[0], row[1])) in seen:
+    equals = zip(group[places].tolist(), codec.pack(rows[order[places]]), strict=True)
+    for place, equal in zip(places.tolist(), equals, strict=True):
+        if equal in seen:
             gone.append(place)
         seen.add(equal)
     return np.delete(order, gone)

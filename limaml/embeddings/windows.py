@@ -167,11 +167,9 @@ class Windows:
         taken = self._taken(frame)
         if taken is None:
             return (0, 0, 0) if self._database.put(state, replace(state, position=last)) else None
-        order, changed, reread = taken.order(np.arange(len(taken.times))), list[Change](), 0
-        kinds = list(enumerate(self._layout.tasks.items()))
-        if whole:
-            kept, changed = self._made(taken)
-            order, kinds = taken.order(kept), kinds[1:]
+        kept, changed = self._made(taken) if whole else (np.arange(len(taken.times)), list[Change]())
+        order, reread = taken.order(kept), 0
+        kinds = list(enumerate(self._layout.tasks.items()))[whole:]  # those that are not made yet
         if kinds:
             numbers = taken.appends.tolist()
             packed = self._rows_codec().pack(taken.rows)
