@@ -12,6 +12,7 @@ __all__ = ["Mark", "Series", "intervals", "lines"]
 COLOURS = ("#0a9a70", "#2f7fd0", "#d98200", "#767d87", "#c0568f", "#8a63c9", "#b5523b", "#4aa3b5")
 _STYLE = "font-family='sans-serif' font-size='11' fill='#808080'"
 _ROW, _LEFT, _WIDTH = 17, 190, 720
+_LEGEND = 300  # beside curves: the longest name is that of a policy and whom it is judged on
 
 
 @dataclass(frozen=True)
@@ -118,4 +119,4 @@ def lines(title: str, series: Sequence[Series], x_axis: str, y_axis: str) -> str
         parts.append(_text(right + 32, top + 6 + number * _ROW, one.name))
     parts.append(_text((left + right) / 2, bottom + 34, x_axis, "middle"))
     parts.append(_text(8, top - 2, y_axis))
-    return _frame(_WIDTH, bottom + 44, parts)
+    return _frame(right + _LEGEND, bottom + 44, parts)
