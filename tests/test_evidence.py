@@ -213,6 +213,9 @@ def test_nothing_is_judged_again_where_nothing_has_changed(
     monkeypatch.setattr("benchmarks.evidence.results.judge", lambda *_: pytest.fail("It was judged again."))
     again = result_of(table, goals, cache, SMALL, before=result)
     assert again["protocols"] == result["protocols"]
+    assert (
+        again["ablations"] == result["ablations"]
+    )  # also of variants that are the unchanged method, under their own names
 
 
 def test_what_was_measured_is_not_measured_again(data: Path, table: Table, tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def _beside(result: Entry, protocol: str, method: str, bucket: str) -> str:
 
 
 def _ablations(results: Results) -> Iterable[str]:
-    there = {name: result["ablations"] for name, result in results.items() if result.get("ablations")}
+    there = {name: _changing(result.get("ablations", ())) for name, result in results.items()}
+    there = {name: entries for name, entries in there.items() if entries}
     if not there:
         return
     yield (
@@ -120,6 +121,17 @@ def _ablations(results: Results) -> Iterable[str]:
             ]
             cost = f"{entry['cpu_seconds']:.0f}" if "cpu_seconds" in entry else ""
             yield row(entry["topic"], entry["method"].removeprefix("limaml_"), entry["label"], *cells, cost)
+
+
+def _changing(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of topics in which more than the unchanged method was measured."""
+    topics = {(e["topic"], e["method"]) for e in entries if any(_width(p) for p in e["protocols"].values())}
+    return [e for e in entries if (e["topic"], e["method"]) in topics]
+
+
+def _width(protocol: Mapping[str, Any]) -> bool:
+    """Whether a variant differs from the unchanged method."""
+    return any(found["delta"][:3] != [0, 0, 0] for found in protocol.values())
 
 
 def _replay(results: Results, pictures: Sequence[str]) -> Iterable[str]:

@@ -153,7 +153,7 @@ def _ablations(
     variants: Sequence[Judging], plain: Sequence[Judging], cache: Cache, scale: Scale, before: Mapping[str, Any]
 ) -> list[Entry]:
     """One entry per variant: its metrics and its differences to the unchanged method, on the same seeds."""
-    known = {entry["inputs"]: entry for entry in before.get("ablations", ()) if "inputs" in entry}
+    known = {(e["topic"], e["label"], e["inputs"]): e for e in before.get("ablations", ()) if "inputs" in e}
     found: list[Entry] = []
     for goal in variants:
         assert goal.variant is not None
@@ -173,8 +173,8 @@ def _ablations(
         if goal.variant.readings:
             found += _readings(goal.variant.readings, tests, cache, scale, entry)
             continue
-        if entry["inputs"] in known:
-            found.append(known[entry["inputs"]])
+        if (old := known.get((goal.variant.topic, goal.variant.label, entry["inputs"]))) is not None:
+            found.append(old)
             continue
         entry["protocols"] = {
             protocol: _against(
