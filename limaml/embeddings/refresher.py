@@ -26,8 +26,8 @@ from limaml.store.contract import Store, Version
 
 __all__ = ["RefreshReport", "Refresher", "VersionRefreshed", "live_versions", "log_position"]
 
-ROWS_PER_CHUNK = 131_072
-TASKS_PER_CHUNK = 1024
+ROWS_PER_CHUNK = 1 << 20
+TASKS_PER_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,13 @@ class Refresher:
         applied, stale, forgotten = dict[str, int](), dict[str, int](), dict[str, int]()
         last = next((task for task in reversed(trained.model.tasks) if changed[task]), None)
         most = trained.model.adaptation.max_support
+        columns = self._columns(trained)
         for task, keys in changed.items():
             done = 0
             for chunk in _chunks(keys, most):
                 done += len(chunk)
                 watermark = newest if task == last and done == len(keys) else None
-                told = self._adapt(windows, version, trained, task, chunk, watermark)
+                told = self._adapt(windows, version, trained, columns, task, chunk, watermark)
                 for counts, number in zip((applied, stale, forgotten), told, strict=True):
                     counts[task] = counts.get(task, 0) + number
                 if progress is not None:
@@ -204,22 +205,25 @@ class Refresher:
         windows: Windows,
         version: Version,
         trained: TrainedModel,
+        columns: list[str],
         task: str,
         keys: list[str],
         watermark: int | None,
     ) -> tuple[int, int, int]:
-        schema = trained.encoder.schema
-        wanted = schema.columns
-        own = [column for column in self._log.schema if column in wanted | set(self._side.columns(self._log.schema))]
-        held = windows.read(task, keys, columns=own, most=trained.model.adaptation.max_support)
+        held = windows.read(task, keys, columns=columns, most=trained.model.adaptation.max_support)
         there = held.count > 0  # else forgotten since they were listed
         keys = [key for key, alive in zip(keys, there, strict=True) if alive]
         if not keys:
             return 0, 0, 0
-        data = trained.encoder.encode(self._side.join(held.frame, wanted))
+        data = trained.encoder.encode(self._side.join(held.frame, trained.encoder.schema.columns))
         revision = held.count[there], held.newest[there]
         done = upsert_adapted(self._store, version, trained, data, task, keys, revision=revision, watermark=watermark)
         return done.applied, done.stale, done.forgotten
+
+    def _columns(self, trained: TrainedModel) -> list[str]:
+        """Columns of the log that the model reads, or that a side table is joined by."""
+        there = self._log.schema
+        return [column for column in there if column in trained.encoder.schema.columns | set(self._side.columns(there))]
 
     # --- what is live ------------------------------------------------------------------------------------------------
 
