@@ -28,7 +28,8 @@ COSTS = UnitCosts(
     read_rows=5e5,
     log_bytes=10.0,
     put_tasks=1e5,
-    upsert_tasks=2e4,
+    refresh_run=0.5,
+    refresh_task=5e-5,
     request=1e-3,
     request_rows=100,
 )
@@ -62,7 +63,7 @@ def test_the_arithmetic_by_hand() -> None:
     assert found["full generation"] * 3600 == pytest.approx(100_000 / 5e5 + 1000 * each + 1000 / 1e5)
     acted = 1000 * (1 - math.exp(-10))
     assert found["touched members"] == pytest.approx(acted)
-    assert found["refresh"] * 3600 == pytest.approx(acted * (each + 50 / 5e5 + 1 / 2e4))
+    assert found["refresh"] * 3600 == pytest.approx(0.5 + acted * (each + 50 / 5e5 + 5e-5))
     assert found["log"] == 1_000_000
     assert found["money"] == pytest.approx(found["core-hours"])
     assert found["core-hours"] == pytest.approx(
@@ -81,8 +82,9 @@ def test_costs_between_measured_sizes(dim: int, rows: float) -> None:
 
 
 def test_what_grows_with_what() -> None:
-    base = plan(replace(EVEN, requests_per_second=10.0), COSTS)
-    twice = plan(replace(EVEN, members=2000, interactions_per_day=20_000, requests_per_second=20.0), COSTS)
+    costs = COSTS.model_copy(update={"refresh_run": 0.0})  # the one thing that does not grow
+    base = plan(replace(EVEN, requests_per_second=10.0), costs)
+    twice = plan(replace(EVEN, members=2000, interactions_per_day=20_000, requests_per_second=20.0), costs)
     for name in ("ingest", "full generation", "refresh", "store", "log", "serving", "network", "core-hours"):
         assert twice[name] == pytest.approx(2 * base[name]), name
     small = plan(replace(EVEN, dtype="int8", store="redis"), COSTS)
@@ -148,5 +150,5 @@ def test_a_machine_measures_its_costs() -> None:
     found = calibrate((4,), repetitions=1, tasks=32, progress=told.append)
     assert UnitCosts.model_validate_json(found.model_dump_json()) == found
     assert [one.dim for one in found.adapt] == [4]
-    assert told == ["the log", "adaptation, 4 numbers", "reading", "the store"]
+    assert told == ["the log", "adaptation, 4 numbers", "the store", "a refresh", "a request"]
     assert found.request_rows == 100

@@ -42,8 +42,8 @@ def check(done: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
         "log, MB": (rows * costs.log_bytes / 1e6, done["log_bytes"] / 1e6),
     }
     if "refresh" in done:
-        again = costs.adapt_seconds(16, support) + support / costs.read_rows + 1 / costs.upsert_tasks
-        lines[f"refresh {ACTED:.0%} of the members, s"] = (ACTED * tasks * again, done["refresh"]["seconds"])
+        again = costs.refresh_run + ACTED * tasks * costs.refresh_seconds(16, support)
+        lines[f"refresh {ACTED:.0%} of the members, s"] = (again, done["refresh"]["seconds"])
     return {
         "tasks": done["tasks"],
         "rows": rows,

@@ -51,7 +51,7 @@ def plan_command(
     calibrate_here: Annotated[
         bool,
         Parameter(
-            name="--calibrate", negative="", help="Measure the unit costs on this machine first: about a minute."
+            name="--calibrate", negative="", help="Measure the unit costs on this machine first: one to two minutes."
         ),
     ] = False,
     solver: Annotated[
@@ -129,14 +129,14 @@ def _read(path: Path) -> UnitCosts:
 def _show_costs(found: UnitCosts) -> None:
     say(
         [
-            f"Into the log {found.ingest_rows:,.0f} rows/s, {found.log_bytes:.1f} bytes each; out of it, encoded, "
+            f"Into the log {found.ingest_rows:,.0f} rows/s, {found.log_bytes:.1f} bytes each; out of it, joined and encoded, "
             f"{found.read_rows:,.0f} rows/s.",
             *(
                 f"Adapting a task of {one.dim} numbers: {one.per_task * 1e6:,.1f} µs and {one.per_row * 1e6:,.2f} µs a row."
                 for one in found.adapt
             ),
-            f"Published {found.put_tasks:,.0f} embeddings/s, upserted {found.upsert_tasks:,.0f}/s; a request of "
-            f"{found.request_rows} rows {found.request * 1e6:,.0f} µs.",
+            f"Published {found.put_tasks:,.0f} embeddings/s; a refresh {found.refresh_run * 1e3:,.0f} ms and, beside adapting, "
+            f"{found.refresh_task * 1e6:,.0f} µs a task; a request of {found.request_rows} rows {found.request * 1e6:,.0f} µs.",
         ]
     )
     console.print("\nNext: limaml plan --members 1e6 --interactions-per-day 5e6", markup=False, highlight=False)

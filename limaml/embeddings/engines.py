@@ -25,7 +25,7 @@ from limaml.embeddings.jobs import Job, Setting, Worker
 from limaml.embeddings.shards import Made
 from limaml.errors import ConfigError, LimamlError, require
 
-__all__ = ["EngineName", "Run", "engine"]
+__all__ = ["ONE_THREAD", "EngineName", "Run", "engine", "variables"]
 
 EngineName = Literal["local", "ray"]
 
@@ -92,7 +92,7 @@ def _processes(setting: Setting, workers: int) -> Run:
             # spawned, not forked: PyTorch's threads and CUDA do not outlive a fork
             pool = ProcessPoolExecutor(min(workers, len(left)), multiprocessing.get_context("spawn"), _end_with_parent)
             try:
-                with _variables(ONE_THREAD):  # the processes begin with the first job
+                with variables(ONE_THREAD):  # the processes begin with the first job
                     waited = {pool.submit(_do, setting, job): job for job in jobs if job in left}
                 for future in as_completed(waited):
                     made = future.result()
@@ -109,7 +109,7 @@ def _processes(setting: Setting, workers: int) -> Run:
 
 
 @contextmanager
-def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
+def variables(wanted: Mapping[str, str]) -> Iterator[None]:
     """Variables of the environment for processes that begin meanwhile; one that is set stays as it is."""
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)

@@ -1,18 +1,23 @@
-"""Unit costs of one core of this machine, measured with the code that does the work: about a minute.
+"""Unit costs of one core of this machine, measured with the code that does the work: one to two minutes.
 
-Each cost is the median of some runs of a small piece of work on made-up interactions: rows into a log, out of a bucket and
-encoded; tasks adapted with short and with long supports, for some sizes of the meta embedding; embeddings into a store; a
-member looked up and candidates scored.
+What is made is small and all there: two logs of as many rows, of many members with few rows and of few with many, with tables of
+features of members and items beside them; a model for each size of the meta embedding. Then all members are adapted by jobs of
+a generation, published, a few act and are refreshed, and a request is scored. Each cost is the median of some runs, and what
+depends on the length of the support is the difference between the two logs.
+
+All is done by a process with one thread: the libraries in it would else take all cores, and a core's cost would not be seen.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -21,170 +26,241 @@ import polars as pl
 import torch
 
 from limaml.config import parse_config
-from limaml.embeddings.generate import generate
-from limaml.embeddings.publish import publish
+from limaml.embeddings.engines import ONE_THREAD, variables
+from limaml.embeddings.generation import generation
+from limaml.embeddings.refresher import Refresher
+from limaml.errors import LimamlError
 from limaml.evaluate.machine import processor_name
 from limaml.evaluate.plan import AdaptCost, UnitCosts
-from limaml.interactions import InteractionLog, infer_schema
-from limaml.meta import TrainedModel, train
+from limaml.interactions import InteractionLog, Schema, infer_schema, join_tables
+from limaml.interactions.side_tables import SideTables
+from limaml.meta import TrainedModel, load_model, train
 from limaml.serving import Predictor
 from limaml.store import open_store
-from limaml.tasks import TaskRows
-from limaml.types import Interactions
+from limaml.store.contract import Store
 
 __all__ = ["calibrate"]
 
 SHORT, LONG = 8, 64
-TASKS, ITEMS, CANDIDATES = 1024, 2000, 100
+TASKS, ITEMS, CANDIDATES = 2048, 20_000, 100
 TASK = "user_id"
+START, DAY = 1_700_000_000, 86_400
+Tell = Callable[[str], None]
 
 
 def calibrate(
     dims: Sequence[int] = (16, 32, 64, 128),
     *,
     solver: str = "newton",
-    repetitions: int = 5,
+    repetitions: int = 3,
     tasks: int = TASKS,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Tell = lambda _: None,
 ) -> UnitCosts:
-    """Measure on one thread. `tasks` tasks of 64 rows are worked on; `progress` is called with what is measured next."""
-    threads = torch.get_num_threads()
+    """Measure with `tasks` members of 64 rows and eight times as many of 8; `progress` is called with what is measured next."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_told, args=(there, tuple(dims), solver, repetitions, tasks), daemon=True)
+    with variables(ONE_THREAD):
+        process.start()
+    there.close()
+    try:
+        while True:
+            what, value = here.recv()
+            if what == "next":
+                progress(value)
+            elif what == "failed":
+                raise LimamlError(f"The unit costs could not be measured: {value}")
+            else:
+                return UnitCosts.model_validate_json(value)
+    except EOFError as error:
+        raise LimamlError(
+            "The process that measured the unit costs was ended from outside, perhaps for lack of memory."
+        ) from error
+    finally:
+        process.kill()
+        process.join()
+
+
+def _told(pipe: Connection, dims: Sequence[int], solver: str, repetitions: int, tasks: int) -> None:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(prefix="limaml-plan-") as folder:
-            return _calibrated(Path(folder), dims, solver, repetitions, tasks, progress)
-    finally:
-        torch.set_num_threads(threads)
+            found = _Bench(Path(folder), solver, repetitions, tasks, lambda what: pipe.send(("next", what))).costs(dims)
+        pipe.send(("done", found.model_dump_json()))
+    except Exception as error:  # told where it is read
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
 
 
-def _calibrated(
-    folder: Path, dims: Sequence[int], solver: str, repetitions: int, tasks: int, progress: Callable[[str], None]
-) -> UnitCosts:
-    frame = _made_up(tasks)
-    schema = infer_schema(
-        frame, task=TASK, row="item_id", time="time", label="click", row_columns=["item_id", "kind"]
-    ).schema
-    progress("the log")
-    log, ingest = _ingested(folder, frame, repetitions)
-    size = sum(path.stat().st_size for path in (folder / "log-0" / "data").rglob("*.parquet")) / frame.height
-    adapt: list[AdaptCost] = []
-    trained = data = None
-    for dim in dims:
-        progress(f"adaptation, {dim} numbers")
-        config = parse_config(
-            {"model": {"dim": dim}, "adapt": {"solver": solver}, "train": {"epochs": 1, "rows_per_batch": 8192}}
+class _Bench:
+    """The logs, the tables and the models in a folder, and what is measured with them."""
+
+    def __init__(self, folder: Path, solver: str, repetitions: int, tasks: int, tell: Tell) -> None:
+        self.folder, self.solver, self.repetitions, self.tell = folder, solver, repetitions, tell
+        self.lengths = {SHORT: tasks * (LONG // SHORT), LONG: tasks}  # support rows → members
+        self.rows = tasks * LONG  # of each log
+        self.side = _side_tables(folder / "side", max(self.lengths.values()))
+
+    def costs(self, dims: Sequence[int]) -> UnitCosts:
+        self.tell("the log")
+        frames = {length: _interactions(count, length) for length, count in self.lengths.items()}
+        ingest = median(self._ingested(length, frame) for length, frame in frames.items())
+        files = [path for length in frames for path in self._log(length).folder.rglob("*.parquet")]
+        log_bytes = sum(path.stat().st_size for path in files) / (2 * self.rows)
+        adapt, reading, writing = list[AdaptCost](), list[float](), list[float]()
+        for dim in dims:
+            self.tell(f"adaptation, {dim} numbers")
+            self._train(dim, frames[LONG])
+            spent = {length: self._generated(dim, length) for length in self.lengths}
+            each = {length: seconds["adapt"] / self.lengths[length] for length, seconds in spent.items()}
+            per_row = max((each[LONG] - each[SHORT]) / (LONG - SHORT), 1e-9)
+            adapt.append(AdaptCost(dim=dim, per_task=max(0.0, each[SHORT] - SHORT * per_row), per_row=per_row))
+            reading += [seconds["read"] + seconds["encode"] for seconds in spent.values()]
+            writing.append(spent[SHORT]["write"] / self.lengths[SHORT])
+        dim = dims[-1]
+        trained = load_model(self._model(dim))
+        with open_store(self.folder / "store") as store:
+            self.tell("the store")
+            put = median(writing) + self._published(store, trained, dim) / self.lengths[SHORT]
+            self.tell("a refresh")
+            run, again = self._refreshed(store, adapt[-1], self.rows / median(reading))
+            self.tell("a request")
+            request = self._asked(store)
+        return UnitCosts(
+            machine=processor_name(),
+            cores=os.cpu_count() or 1,
+            date=datetime.date.today().isoformat(),
+            solver=self.solver,
+            adapt=tuple(adapt),
+            ingest_rows=self.rows / ingest,
+            read_rows=self.rows / median(reading),
+            log_bytes=log_bytes,
+            put_tasks=1 / put,
+            refresh_run=run,
+            refresh_task=again,
+            request=request,
+            request_rows=CANDIDATES,
         )
-        trained = train(frame, schema, config, validation_share=0.1, refit=False).save(folder / f"model-{dim}")
-        data = trained.encoder.encode(frame)
-        adapt.append(_adapted(trained, data, dim, repetitions))
-    assert trained is not None and data is not None
-    encoder = trained.encoder
-    progress("reading")
-    read = _seconds(lambda: [encoder.encode(bucket) for _, bucket in log.buckets()], repetitions)
-    progress("the store")
-    put, upsert, request = _stored(folder, trained, data, frame, dims[-1], repetitions)
-    return UnitCosts(
-        machine=processor_name(),
-        cores=os.cpu_count() or 1,
-        date=datetime.date.today().isoformat(),
-        solver=solver,
-        adapt=tuple(adapt),
-        ingest_rows=frame.height / ingest,
-        read_rows=frame.height / read,
-        log_bytes=size,
-        put_tasks=put,
-        upsert_tasks=upsert,
-        request=request,
-        request_rows=CANDIDATES,
-    )
+
+    def _log(self, length: int) -> InteractionLog:
+        return InteractionLog(self.folder / f"log-{length}", TASK)
+
+    def _model(self, dim: int) -> Path:
+        return self.folder / f"model-{dim}"
+
+    def _ingested(self, length: int, frame: pl.DataFrame) -> float:
+        """Seconds in which all rows enter a log; the last one that is made is kept."""
+        places = [self.folder / f"again-{length}-{turn}" for turn in range(self.repetitions)]
+        logs = [InteractionLog(place, TASK, 2) for place in [*places, self.folder / f"log-{length}"]]
+        return median([_seconds(lambda log=log: log.append(frame)) for log in logs][1:])  # type: ignore[misc]
+
+    def _train(self, dim: int, frame: pl.DataFrame) -> None:
+        """A model of the default settings, trained on a quarter of the members."""
+        tables = {key: pl.read_parquet(self.side / f"{key}.parquet") for key in (TASK, "item_id")}
+        some = join_tables(frame.filter(pl.col(TASK) % 4 == 0), tables)
+        schema: Schema = infer_schema(
+            some.frame,
+            task=TASK,
+            row="item_id",
+            time="time",
+            label="click",
+            task_columns={TASK: some.columns[TASK]},
+            row_columns=some.columns["item_id"],
+            exclude=["watched"],
+        ).schema
+        config = parse_config({"model": {"dim": dim}, "adapt": {"solver": self.solver}, "train": {"epochs": 1}})
+        train(some.frame, schema, config, validation_share=0.1, refit=False).save(self._model(dim))
+
+    def _generated(self, dim: int, length: int) -> dict[str, float]:
+        """Seconds of what the jobs of a generation do, medians of all runs. The last run's shards are kept."""
+        found, trained = list[dict[str, float]](), load_model(self._model(dim))
+        for turn in range(self.repetitions):
+            with generation(
+                self._log(length), trained, self._model(dim), self.folder / f"spool-{length}", side=self.side
+            ) as made:
+                names = made.shards[0].seconds
+                found.append({name: sum(shard.seconds[name] for shard in made.shards) for name in names})
+                if turn + 1 < self.repetitions:
+                    made.clear()
+        return {name: median(one[name] for one in found) for name in found[0]}
+
+    def _published(self, store: Store, trained: TrainedModel, dim: int) -> float:
+        """Seconds to publish the many members' shards that are there."""
+        found = []
+        with generation(
+            self._log(SHORT), trained, self._model(dim), self.folder / f"spool-{SHORT}", side=self.side
+        ) as made:
+            for _ in range(self.repetitions + 1):
+                found.append(_seconds(lambda: made.publish(store, "model")))
+                store.expire("model", 1)
+        return median(found[1:])
+
+    def _refreshed(self, store: Store, adapt: AdaptCost, read_rows: float) -> tuple[float, float]:
+        """Seconds of a run for itself, and of a member that acted beside adapting it and reading its rows: from runs for an
+        eighth of the members and for few."""
+        log, members = self._log(SHORT), self.lengths[SHORT]
+        few, many = max(1, members // 256), max(2, members // 8)
+        rng, taken = np.random.default_rng(2), dict[int, list[float]]()
+        with Refresher(store, "model", log, self.folder / "windows", SideTables(self.side)) as refresher:
+            refresher.run()  # makes the windows
+            for turn in range(self.repetitions):
+                for number in (few, many):
+                    now = START + (200 + turn) * DAY + number
+                    acting = rng.choice(members, number, replace=False)
+                    log.append(_rows(acting, np.full(number, now), rng))
+                    support = SHORT + 1 + turn
+                    known = number * (adapt.per_task + support * adapt.per_row + support / read_rows)
+                    taken.setdefault(number, []).append(_seconds(refresher.run) - known)
+        least, most = median(taken[few]), median(taken[many])
+        again = max(0.0, (most - least) / (many - few))
+        return max(0.0, least - few * again), again
+
+    def _asked(self, store: Store) -> float:
+        """Seconds of a request."""
+        asked = pl.DataFrame({TASK: np.zeros(CANDIDATES, np.int64), "item_id": np.arange(CANDIDATES)})
+        items = pl.read_parquet(self.side / "item_id.parquet")
+        asked = asked.join(items, on="item_id", how="left")
+        with Predictor(store, "model") as predictor:
+            return median(_seconds(lambda: predictor.score(asked)) for _ in range(50 * self.repetitions))
 
 
-def _made_up(tasks: int) -> pl.DataFrame:
-    rng = np.random.default_rng(0)
-    rows = tasks * LONG
-    item = rng.integers(0, ITEMS, rows)
+def _seconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def _rows(members: np.ndarray, times: np.ndarray, rng: np.random.Generator) -> pl.DataFrame:
+    """Interactions of these members at these times with items of which few are wanted often."""
+    rows = len(members)
     return pl.DataFrame(
         {
-            TASK: rng.permutation(np.repeat(np.arange(tasks), LONG)),
-            "item_id": item,
-            "kind": item % 17,
-            "time": np.arange(rows),
-            "click": rng.integers(0, 2, rows),
+            TASK: members,
+            "item_id": (ITEMS * rng.random(rows) ** 2.5).astype(np.int64),
+            "time": times,
+            "watched": rng.exponential(30, rows).astype(np.float32),
+            "click": rng.random(rows) < 0.3,
         }
     )
 
 
-def _seconds(work: Callable[[], object], repetitions: int) -> float:
-    """Median of some runs, after one that is not counted."""
-    work()
-    found = []
-    for _ in range(repetitions):
-        begun = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - begun)
-    return median(found)
+def _interactions(members: int, length: int) -> pl.DataFrame:
+    """So many rows of each member, in the order of time."""
+    rng = np.random.default_rng(length)
+    rows = members * length
+    return _rows(
+        rng.permutation(np.repeat(np.arange(members), length)), START + np.arange(rows) * 100 * DAY // rows, rng
+    )
 
 
-def _ingested(folder: Path, frame: pl.DataFrame, repetitions: int) -> tuple[InteractionLog, float]:
-    """A log with all rows, and the seconds that making one takes."""
-    made: list[InteractionLog] = []
-
-    def append() -> None:
-        log = InteractionLog(folder / f"log-{len(made)}", TASK, 4)
-        log.append(frame)
-        made.append(log)
-
-    seconds = _seconds(append, repetitions)
-    return made[0], seconds
-
-
-def _adapted(trained: TrainedModel, data: Interactions, dim: int, repetitions: int) -> AdaptCost:
-    """From two lengths of the supports: the newest 8 rows of each task, and all 64."""
-    count = data.count(TASK)
-    behind = torch.zeros(len(data), dtype=torch.int64)
-    rows = TaskRows.of(data.index[TASK], count)
-    behind[rows.rows] = torch.cat([torch.arange(int(size) - 1, -1, -1) for size in rows.size.tolist()])
-    seconds = {}
-    for length in (SHORT, LONG):
-        among = TaskRows.of(data.index[TASK], count, behind < length)
-        adapt = partial(generate, trained.model, data, TASK, among)
-        seconds[length] = _seconds(adapt, repetitions) / count
-    per_row = max((seconds[LONG] - seconds[SHORT]) / (LONG - SHORT), 1e-9)
-    return AdaptCost(dim=dim, per_task=max(0.0, seconds[SHORT] - SHORT * per_row), per_row=per_row)
-
-
-def _stored(
-    folder: Path, trained: TrainedModel, data: Interactions, frame: pl.DataFrame, dim: int, repetitions: int
-) -> tuple[float, float, float]:
-    """Embeddings a second that are published and upserted, and the seconds of a request."""
-    rng = np.random.default_rng(1)
-    many = 50 * data.count(TASK)
-    ids = [str(i) for i in range(many)]
-    vectors = rng.normal(size=(many, dim)).astype(np.float32)
-    ones = np.ones(many, np.int64)
-    with open_store(folder / "store") as store:
-        version = publish(store, "model", trained, folder / f"model-{dim}", data).version
-
-        def put() -> None:
-            with store.publish("other", dims={TASK: dim}) as publication:
-                publication.put(TASK, ids, vectors, ones, ones)
-                publication.put_cold(TASK, vectors[0])
-                publication.commit(expected={TASK: many})
-            store.expire("other", 1)
-
-        put_seconds = _seconds(put, repetitions)
-        turns = iter(range(2, 10_000))
-        keys = data.ids[TASK]
-        found = vectors[: len(keys)]
-
-        def upsert() -> None:
-            revision = np.full(len(keys), 10**6 + next(turns), np.int64)
-            store.upsert("model", version, TASK, keys, found, revision, revision)
-
-        upsert_seconds = _seconds(upsert, repetitions)
-        asked = pl.DataFrame(
-            {TASK: [str(keys[0])] * CANDIDATES, "item_id": np.arange(CANDIDATES), "kind": np.arange(CANDIDATES) % 17}
-        ).with_columns(pl.col(TASK).cast(frame.schema[TASK]))
-        with Predictor(store, "model") as predictor:
-            request = _seconds(lambda: predictor.score(asked), 20 * repetitions)
-    return many / put_seconds, len(keys) / upsert_seconds, request
+def _side_tables(folder: Path, members: int) -> Path:
+    """Two features of each member and two of each item."""
+    folder.mkdir()
+    ids, items = np.arange(members), np.arange(ITEMS)
+    tables = {
+        TASK: pl.DataFrame({TASK: ids, "country": ids * 7919 % 60, "age": (18 + ids % 60).astype(np.float32)}),
+        "item_id": pl.DataFrame({"item_id": items, "kind": items * 31 % 40, "size": (items % 300).astype(np.float32)}),
+    }
+    for key, table in tables.items():
+        table.write_parquet(folder / f"{key}.parquet")
+    (folder / "tables.json").write_text(json.dumps({key: f"{key}.parquet" for key in tables}), encoding="utf-8")
+    return folder

@@ -45,10 +45,13 @@ class UnitCosts(BaseModel):
     solver: str
     adapt: tuple[AdaptCost, ...] = Field(min_length=1)
     ingest_rows: float = Field(gt=0, description="Rows a second that enter the log.")
-    read_rows: float = Field(gt=0, description="Rows a second that are read from a bucket and encoded.")
+    read_rows: float = Field(
+        gt=0, description="Rows a second that are read from a bucket, joined with features and encoded."
+    )
     log_bytes: float = Field(gt=0, description="Bytes on disk of a row of the log.")
-    put_tasks: float = Field(gt=0, description="Embeddings a second that are published.")
-    upsert_tasks: float = Field(gt=0, description="Embeddings a second that are upserted into a version.")
+    put_tasks: float = Field(gt=0, description="Tasks a second that are written to a shard and published.")
+    refresh_run: float = Field(ge=0, description="Seconds of a refresh, however many tasks changed.")
+    refresh_task: float = Field(ge=0, description="Seconds of a changed task, beside adapting it and reading its rows.")
     request: float = Field(gt=0, description="Seconds to look one member up and score the rows of a request.")
     request_rows: int = Field(ge=1)
 
@@ -57,6 +60,10 @@ class UnitCosts(BaseModel):
         line in that of `dim`; beyond them, the last line goes on."""
         known = sorted(self.adapt, key=lambda one: one.dim)
         return _between(known, "per_task", dim) + rows * _between(known, "per_row", dim)
+
+    def refresh_seconds(self, dim: int, rows: float) -> float:
+        """Of one core, for a changed task with so many support rows: read, adapted and upserted."""
+        return self.refresh_task + rows / self.read_rows + self.adapt_seconds(dim, rows)
 
 
 def _between(known: Sequence[AdaptCost], name: str, dim: int) -> float:
@@ -196,12 +203,13 @@ def plan(demand: Demand, costs: UnitCosts, prices: Prices = Prices()) -> Planned
         "a refresh",
         f"of {per_period:,.0f} interactions in {d.refresh:,.0f} s",
     )
-    again = costs.adapt_seconds(d.dim, acting_support) + acting_support / costs.read_rows + 1 / costs.upsert_tasks
+    again = costs.refresh_seconds(d.dim, acting_support)
     refresh = add(
         "refresh",
-        acted * again / 3600 * DAY / d.refresh,
+        (costs.refresh_run + acted * again) / 3600 * DAY / d.refresh,
         "core-hours a day",
-        f"{DAY / d.refresh:,.0f} times {acted:,.0f} · {again * 1e6:,.0f} µs ({acting_support:,.0f} rows each)",
+        f"{DAY / d.refresh:,.0f} times {costs.refresh_run:,.2f} s + {acted:,.0f} · {again * 1e6:,.0f} µs "
+        f"({acting_support:,.0f} rows each)",
     )
     add(
         "machines, refresh",
