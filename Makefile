@@ -42,7 +42,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 test-faults: $(READY)
-	LIMAML_FAULTS=full $(BIN)/python -m pytest tests/faults -n 2 -rP
+	LIMAML_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_log_ingest.py -n 2 -rP
 
 format: $(READY)
 	$(BIN)/ruff format .
