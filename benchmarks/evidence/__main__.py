@@ -28,7 +28,7 @@ from limaml.errors import LimamlError
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/evidence"
 QUICK = Scale(
-    trials=1, seeds=2, ablation_seeds=1, ablation_sets=("ml-100k",), implicit_seeds=1, replay_seeds=1, replicates=500
+    trials=1, seeds=1, ablation_seeds=1, ablation_sets=("ml-100k",), implicit_seeds=1, replay_seeds=1, replicates=500
 )
 
 

@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -151,7 +152,7 @@ class _Bench:
         """Seconds in which all rows enter a log; the last one that is made is kept."""
         places = [self.folder / f"again-{length}-{turn}" for turn in range(self.repetitions)]
         logs = [InteractionLog(place, TASK, 2) for place in [*places, self.folder / f"log-{length}"]]
-        return median([_seconds(lambda log=log: log.append(frame)) for log in logs][1:])  # type: ignore[misc]
+        return median([_seconds(partial(log.append, frame)) for log in logs][1:])
 
     def _train(self, dim: int, frame: pl.DataFrame) -> None:
         """A model of the default settings, trained on a quarter of the members."""
