@@ -28,7 +28,15 @@ from limaml.errors import LimamlError
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/evidence"
 QUICK = Scale(
-    trials=1, seeds=1, ablation_seeds=1, ablation_sets=("ml-100k",), implicit_seeds=1, replay_seeds=1, replicates=500
+    trials=1,
+    seeds=1,
+    ablation_seeds=1,
+    ablation_sets=("ml-100k",),
+    ablation_methods=("limaml_newton",),
+    implicit_seeds=1,
+    replay_seeds=1,
+    replicates=500,
+    sets={"rivals": 2, "replay": 2, "implicit": 2},
 )
 
 
@@ -42,7 +50,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         default=Path(os.environ.get("LIMAML_DATA", "data")),
         help="the folder with the sets' folders (default: $LIMAML_DATA, else ./data)",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer members, seeds and trials; results go to runs/")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer members, seeds and trials, and sets in all parts but main; results go to runs/",
+    )
     parser.add_argument("--sets", nargs="+", default=[], help="only these (default: all that are in --data)")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")

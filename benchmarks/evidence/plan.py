@@ -31,9 +31,15 @@ class Scale:
     seeds: int = 5
     ablation_seeds: int = 2
     ablation_sets: tuple[str, ...] = ("ml-100k", "amazon-hin")
+    ablation_methods: tuple[str, ...] = ("limaml_newton", "limaml_gradient")
     implicit_seeds: int = 3
     replay_seeds: int = 5
     replicates: int = 2000
+    sets: Mapping[str, int] = field(default_factory=dict)  # part → how many of its sets, the first ones; else all
+
+    def of_part(self, tables: Sequence[Table], part: str) -> list[Table]:
+        """Those of the tables that take part."""
+        return [table for table in tables if part in table.which.parts][: self.sets.get(part)]
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def goals_of(
     for part, names in (("main", wanted(MAIN)), ("rivals", wanted(rivals()))):
         if part not in parts:
             continue
-        mine = [table for table in tables if part in table.which.parts]
+        mine = scale.of_part(tables, part)
         for seeds in (range(1), range(1, scale.seeds)):
             goals += [
                 Judging(table, method, seeds, scale.trials, part=part, first=seeds.start == 0)
@@ -205,11 +211,11 @@ def goals_of(
                 if len(seeds)
             ]
     if "ablations" in parts:
-        mine = [t for t in tables if "ablations" in t.which.parts and t.which.name in scale.ablation_sets]
+        mine = [t for t in scale.of_part(tables, "ablations") if t.which.name in scale.ablation_sets]
         goals += [
             Judging(table, variant.method, range(scale.ablation_seeds), scale.trials, variant, part="ablations")
             for table in mine
             for variant in variants_of(table)
-            if variant.method in wanted(tuple(METHODS))
+            if variant.method in wanted(scale.ablation_methods)
         ]
     return goals

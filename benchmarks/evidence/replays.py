@@ -143,7 +143,7 @@ def replays_of(tables: Sequence[Table], scale: Scale, parts: Sequence[str]) -> l
     """The goals of the part: every set with a clock with one seed, then with all."""
     if "replay" not in parts:
         return []
-    mine = [table for table in tables if table.which.clock and "replay" in table.which.parts]
+    mine = scale.of_part([table for table in tables if table.which.clock], "replay")
     counts = dict.fromkeys((1, scale.replay_seeds))
     return [Replays(table, seeds, part="replay", first=seeds == 1) for seeds in counts for table in mine]
 
