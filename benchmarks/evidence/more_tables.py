@@ -12,7 +12,7 @@ from benchmarks.evidence.results import HALVES, METRICS, Entry
 from limaml.evaluate.bootstrap import ALL
 from limaml.evaluate.summary import LOWER_IS_BETTER
 
-__all__ = ["sections"]
+__all__ = ["sections", "shown"]
 
 Results = Mapping[str, Entry]
 Delta = Sequence[float | None]
@@ -105,7 +105,8 @@ def _ablations(results: Results) -> Iterable[str]:
     yield (
         "One thing changed at a time, upon the settings that validation chose; the number of epochs is found anew. Differences to "
         "the unchanged method on the same seeds, AUC and log loss: ✓ better, ✗ worse. A zero without width is the unchanged method "
-        "itself. *Stored as* and *uncertainty* read the same trained models in another way."
+        "itself, or what comes to the same (rates by step and by layer, where one layer is adapted). *Stored as* and *uncertainty* "
+        "read the same trained models in another way."
     )
     for name, entries in there.items():
         yield ""
@@ -262,7 +263,7 @@ def _short(value: Any) -> str:
 def _again() -> Iterable[str]:
     yield "```"
     yield "make results                                        # all of it, from LIMAML_DATA=DIR; may be killed, and goes on"
-    yield "python -m benchmarks.evidence --data DIR --quick    # fewer members, trials and seeds: about 20 minutes"
+    yield "python -m benchmarks.evidence --data DIR --quick    # in small: about 20 minutes on 2 cores"
     yield "python -m benchmarks.evidence --data DIR --part main --sets ml-100k    # the first tables, one set"
     yield "python -m benchmarks.evidence --data DIR --part replay                 # the replay"
     yield "python -m benchmarks.evidence --data DIR --part implicit               # choices ranked"

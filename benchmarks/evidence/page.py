@@ -103,6 +103,21 @@ def _losses(results: Results) -> Iterable[str]:
         ]
         yield ""
         yield f"By quarters of activity, against `base` and `wide_and_deep`: {'; '.join(said)}."
+    ranked = [
+        f"{name} `{protocol}` against `{other}` {more_tables.shown(found['ndcg_10'])}"
+        for protocol in ("warm", "new_tasks")
+        for name, result in results.items()
+        for other, found in result.get("implicit", {})
+        .get("protocols", {})
+        .get(protocol, {})
+        .get("deltas", {})
+        .get("limaml_newton", {})
+        .items()
+        if not other.startswith("limaml") and (found["ndcg_10"][2] or 0) < 0
+    ]
+    if ranked:
+        yield ""
+        yield f"With implicit feedback, `limaml_newton` in NDCG@10: {'; '.join(ranked)}."
 
 
 def _bar(results: Results) -> Iterable[str]:
