@@ -298,7 +298,9 @@ def _verify(place: Path, kind: str | None, number: int | None, shown: Path | Non
         present = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
     for name in sorted(present.keys() - manifest.files.keys() - {MANIFEST}):
         problems.append(f"'{name}' is not in the manifest")
-    if not stat.S_ISREG(present[MANIFEST].st_mode):
+    if MANIFEST not in present:  # it was there a moment ago: the folder is being removed, or replaced
+        problems.append(f"'{MANIFEST}' is missing")
+    elif not stat.S_ISREG(present[MANIFEST].st_mode):
         problems.append(f"'{MANIFEST}' is not a plain file")
     for name, (sha, size) in sorted(manifest.files.items()):
         if name not in present:

@@ -288,6 +288,20 @@ def test_a_reader_never_sees_a_mix_while_folders_are_replaced(tmp_path: Path) ->
     assert reads > 10
 
 
+def test_a_manifest_that_goes_while_it_is_read_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example(tmp_path / "f")
+    read = artifact._read_manifest
+
+    def read_and_gone(place: Path) -> artifact.Manifest:
+        found = read(place)
+        (place / MANIFEST).unlink()
+        return found
+
+    monkeypatch.setattr(artifact, "_read_manifest", read_and_gone)
+    with pytest.raises(ArtifactError, match=r"'manifest.json' is missing"):
+        read_folder(tmp_path / "f", kind="model")
+
+
 WRITER = f"""
 import sys, types, torch
 sys.modules["limaml"] = types.ModuleType("limaml")
