@@ -98,8 +98,7 @@ def measure(chosen: argparse.Namespace, scale: Scale, out: Path, results: Path) 
         print(f"{which.title}: {tables[-1].rows:,} rows of {tables[-1].members:,} members", flush=True)
     choices = {
         table.which.name: make_choices(table, chosen.data, table.which.members[chosen.quick], out / "tables")
-        for table in tables
-        if "implicit" in chosen.part and "implicit" in table.which.parts
+        for table in (scale.of_part(tables, "implicit") if "implicit" in chosen.part else ())
     }
     if not tables:
         raise LimamlError(

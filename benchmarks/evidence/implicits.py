@@ -137,7 +137,7 @@ def rankings_of(tables: Sequence[Table], scale: Scale, methods: Sequence[str] | 
     return [
         Ranking(table, method, seeds, part="implicit", first=seeds.start == 0)
         for seeds in spans
-        for table in scale.of_part(tables, "implicit")
+        for table in tables
         for method in names
     ]
 

@@ -126,11 +126,11 @@ def _ablations(results: Results) -> Iterable[str]:
 
 def _changing(entries: Sequence[Entry]) -> list[Entry]:
     """Those of topics in which more than the unchanged method was measured."""
-    topics = {(e["topic"], e["method"]) for e in entries if any(_width(p) for p in e["protocols"].values())}
+    topics = {(e["topic"], e["method"]) for e in entries if any(_differs(p) for p in e["protocols"].values())}
     return [e for e in entries if (e["topic"], e["method"]) in topics]
 
 
-def _width(protocol: Mapping[str, Any]) -> bool:
+def _differs(protocol: Mapping[str, Any]) -> bool:
     """Whether a variant differs from the unchanged method."""
     return any(found["delta"][:3] != [0, 0, 0] for found in protocol.values())
 

@@ -223,7 +223,8 @@ class Refresher:
     def _columns(self, trained: TrainedModel) -> list[str]:
         """Columns of the log that the model reads, or that a side table is joined by."""
         there = self._log.schema
-        return [column for column in there if column in trained.encoder.schema.columns | set(self._side.columns(there))]
+        read = trained.encoder.schema.columns | set(self._side.columns(there))
+        return [column for column in there if column in read]
 
     # --- what is live ------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,14 +29,14 @@ import torch
 
 from limaml.config import parse_config
 from limaml.embeddings.engines import ONE_THREAD, variables
-from limaml.embeddings.generation import generation
+from limaml.embeddings.generation import Generation, generation
 from limaml.embeddings.refresher import Refresher
 from limaml.errors import LimamlError
 from limaml.evaluate.machine import processor_name
 from limaml.evaluate.plan import AdaptCost, UnitCosts
-from limaml.interactions import InteractionLog, Schema, infer_schema, join_tables
+from limaml.interactions import InteractionLog, infer_schema, join_tables
 from limaml.interactions.side_tables import SideTables
-from limaml.meta import TrainedModel, load_model, train
+from limaml.meta import TrainedModel, train
 from limaml.serving import Predictor
 from limaml.store import open_store
 from limaml.store.contract import Store
@@ -60,7 +61,9 @@ def calibrate(
     """Measure with `tasks` members of 64 rows and eight times as many of 8; `progress` is called with what is measured next."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_told, args=(there, tuple(dims), solver, repetitions, tasks), daemon=True)
+    folder = tempfile.TemporaryDirectory(prefix="limaml-plan-")  # removed here, also where the process is killed
+    given = there, Path(folder.name), tuple(dims), solver, repetitions, tasks
+    process = context.Process(target=_told, args=given, daemon=True)
     with variables(ONE_THREAD):
         process.start()
     there.close()
@@ -80,13 +83,13 @@ def calibrate(
     finally:
         process.kill()
         process.join()
+        folder.cleanup()
 
 
-def _told(pipe: Connection, dims: Sequence[int], solver: str, repetitions: int, tasks: int) -> None:
+def _told(pipe: Connection, folder: Path, dims: Sequence[int], solver: str, repetitions: int, tasks: int) -> None:
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory(prefix="limaml-plan-") as folder:
-            found = _Bench(Path(folder), solver, repetitions, tasks, lambda what: pipe.send(("next", what))).costs(dims)
+        found = _Bench(folder, solver, repetitions, tasks, lambda what: pipe.send(("next", what))).costs(dims)
         pipe.send(("done", found.model_dump_json()))
     except Exception as error:  # told where it is read
         pipe.send(("failed", f"{type(error).__name__}: {error}"))
@@ -110,15 +113,13 @@ class _Bench:
         adapt, reading, writing = list[AdaptCost](), list[float](), list[float]()
         for dim in dims:
             self.tell(f"adaptation, {dim} numbers")
-            self._train(dim, frames[LONG])
-            spent = {length: self._generated(dim, length) for length in self.lengths}
+            trained = self._trained(dim, frames[LONG])
+            spent = {length: self._generated(trained, dim, length) for length in self.lengths}
             each = {length: seconds["adapt"] / self.lengths[length] for length, seconds in spent.items()}
             per_row = max((each[LONG] - each[SHORT]) / (LONG - SHORT), 1e-9)
             adapt.append(AdaptCost(dim=dim, per_task=max(0.0, each[SHORT] - SHORT * per_row), per_row=per_row))
             reading += [seconds["read"] + seconds["encode"] for seconds in spent.values()]
             writing.append(spent[SHORT]["write"] / self.lengths[SHORT])
-        dim = dims[-1]
-        trained = load_model(self._model(dim))
         with open_store(self.folder / "store") as store:
             self.tell("the store")
             put = median(writing) + self._published(store, trained, dim) / self.lengths[SHORT]
@@ -154,11 +155,11 @@ class _Bench:
         logs = [InteractionLog(place, TASK, 2) for place in [*places, self.folder / f"log-{length}"]]
         return median([_seconds(partial(log.append, frame)) for log in logs][1:])
 
-    def _train(self, dim: int, frame: pl.DataFrame) -> None:
+    def _trained(self, dim: int, frame: pl.DataFrame) -> TrainedModel:
         """A model of the default settings, trained on a quarter of the members."""
         tables = {key: pl.read_parquet(self.side / f"{key}.parquet") for key in (TASK, "item_id")}
         some = join_tables(frame.filter(pl.col(TASK) % 4 == 0), tables)
-        schema: Schema = infer_schema(
+        schema = infer_schema(
             some.frame,
             task=TASK,
             row="item_id",
@@ -169,15 +170,18 @@ class _Bench:
             exclude=["watched"],
         ).schema
         config = parse_config({"model": {"dim": dim}, "adapt": {"solver": self.solver}, "train": {"epochs": 1}})
-        train(some.frame, schema, config, validation_share=0.1, refit=False).save(self._model(dim))
+        return train(some.frame, schema, config, validation_share=0.1, refit=False).save(self._model(dim))
 
-    def _generated(self, dim: int, length: int) -> dict[str, float]:
+    def _generation(self, trained: TrainedModel, dim: int, length: int) -> AbstractContextManager[Generation]:
+        """All shards of a log; those that are there are kept."""
+        spool = self.folder / f"spool-{length}"
+        return generation(self._log(length), trained, self._model(dim), spool, side=self.side)
+
+    def _generated(self, trained: TrainedModel, dim: int, length: int) -> dict[str, float]:
         """Seconds of what the jobs of a generation do, medians of all runs. The last run's shards are kept."""
-        found, trained = list[dict[str, float]](), load_model(self._model(dim))
+        found = list[dict[str, float]]()
         for turn in range(self.repetitions):
-            with generation(
-                self._log(length), trained, self._model(dim), self.folder / f"spool-{length}", side=self.side
-            ) as made:
+            with self._generation(trained, dim, length) as made:
                 names = made.shards[0].seconds
                 found.append({name: sum(shard.seconds[name] for shard in made.shards) for name in names})
                 if turn + 1 < self.repetitions:
@@ -187,9 +191,7 @@ class _Bench:
     def _published(self, store: Store, trained: TrainedModel, dim: int) -> float:
         """Seconds to publish the many members' shards that are there."""
         found = []
-        with generation(
-            self._log(SHORT), trained, self._model(dim), self.folder / f"spool-{SHORT}", side=self.side
-        ) as made:
+        with self._generation(trained, dim, SHORT) as made:
             for _ in range(self.repetitions + 1):
                 found.append(_seconds(lambda: made.publish(store, "model")))
                 store.expire("model", 1)
