@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,21 @@ def cut_off(primary: Valkey, replica: Valkey) -> None:
         client.execute_command("CLIENT", "KILL", "TYPE", "REPLICA")
 
 
-def fail_over(primary: Valkey, replica: Valkey) -> None:
+def fail_over(servers: Sequence[Valkey], primary: Valkey, replica: Valkey) -> None:
+    """Until every server that is left has heard of it: a client asks any one of them where the slots are."""
     primary.kill()
     assert replica.process is not None
     os.kill(replica.process.pid, signal.SIGCONT)
-    with redis.Redis(port=replica.port) as client:
-        wait_until(lambda: client.info("replication")["role"] == "master")
-        wait_until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO"))
+    for server in servers:
+        if server is not primary:
+            with redis.Redis(port=server.port) as client:
+                wait_until(partial(knows_new_owner, client, primary.port))
+
+
+def knows_new_owner(client: redis.Redis, gone: int) -> bool:
+    """Whether a node believes the cluster to be whole, and its slots to be elsewhere than at the port `gone`."""
+    whole = b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO")
+    return whole and all(first[1] != gone for _, _, first, *_ in client.execute_command("CLUSTER", "SLOTS"))
 
 
 @pytest.mark.parametrize("place", range(3) if FULL else [1])
@@ -55,7 +65,7 @@ def test_writes_that_a_primary_took_with_it_come_back_from_the_log(
         before, known = counted(world, files[:1]), counted(world, files[:2])
         cut_off(servers[place], servers[3 + place])
         born.do("refresh", run, files[1], *at)
-        fail_over(servers[place], servers[3 + place])
+        fail_over(servers, servers[place], servers[3 + place])
 
         contents = read_redis(address)
         check(contents, world, least=before, most=known, promised="v000001")
@@ -85,7 +95,7 @@ def test_a_version_that_was_lost_from_the_catalogue_leaves_nothing_in_the_next(r
             first = release(store, 1.0)
             cut_off(servers[place], servers[3 + place])
             lost = release(store, 2.0)
-            fail_over(servers[place], servers[3 + place])
+            fail_over(servers, servers[place], servers[3 + place])
             wait_until(lambda: current(store) == first)
             again = release(store, 3.0)
             assert again[:7] == lost[:7]
