@@ -108,7 +108,7 @@ class TrainConfig(_Frozen):
     )
     query: Literal["cross_fit", "time_cut"] = "cross_fit"
     patience: int = Field(default=2, ge=1, description="Epochs without a better validation loss before stopping.")
-    average: float = Field(default=1.0, ge=0, description="Epochs that the running average of the weights looks back.")
+    average: float = Field(default=3.0, ge=0, description="Epochs that the running average of the weights looks back.")
     clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")
     seed: int = 0
     window_buckets: int | None = Field(

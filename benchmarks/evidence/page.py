@@ -9,6 +9,7 @@ from benchmarks.evidence import more_tables
 from benchmarks.evidence.bar import METRIC_TEXT, Difference, differences, holm, lines, losses
 from benchmarks.evidence.markdown import head, row, signed
 from benchmarks.evidence.results import METRICS, Entry
+from benchmarks.evidence.units import VERSIONS
 from limaml.evaluate.bootstrap import ALL
 from limaml.evaluate.predictions import QUARTILES
 
@@ -68,7 +69,32 @@ def _lead(results: Results) -> list[str]:
         f"seeds. P-values come from the same resamples and cannot be below 2 / {scale['replicates'] + 1:,}. LiMAML is, on each set, the "
         "solver that the validation rows liked better."
         + "".join(f" Blocks of {', '.join(sets)} were trained on {device}." for device, sets in elsewhere.items()),
+        *_earlier(results),
     ]
+
+
+_PARTS = {"main": ("protocols", "test"), "ablations": ("ablations", "test")}
+_PARTS |= {part: (part, part) for part in ("replay", "implicit")}
+"""Part → what it is in a result file, and whose version in `VERSIONS` counts for it."""
+
+
+def _earlier(results: Results) -> Iterable[str]:
+    """Which parts are of an earlier version of the methods than the others."""
+    old = {
+        part: [
+            name
+            for name, result in results.items()
+            if result.get(place) and result.get("measured_by", {}).get(part, 0) < VERSIONS[kind]
+        ]
+        for part, (place, kind) in _PARTS.items()
+    }
+    told = [f"{part} ({', '.join(names)})" for part, names in old.items() if names]
+    if told:
+        yield ""
+        yield (
+            f"Measured with an earlier version of the methods, and to be measured again: {'; '.join(told)}. "
+            "[decisions.md](decisions.md#training) says what has changed."
+        )
 
 
 def _losses(results: Results) -> Iterable[str]:

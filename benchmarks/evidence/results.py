@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.evidence.ablations import reading_name
 from benchmarks.evidence.plan import PROTOCOLS, Chosen, Judging, Scale
 from benchmarks.evidence.sets import Table, describe
-from benchmarks.evidence.units import Cache, Unit
+from benchmarks.evidence.units import VERSIONS, Cache, Unit
 from limaml.evaluate import Predictions, bootstrap, quartiles
 from limaml.evaluate.bootstrap import ALL, Interval, Replicates
 from limaml.evaluate.predictions import QUARTILES
@@ -34,15 +34,20 @@ Entry = dict[str, Any]
 def result_of(
     table: Table, goals: Sequence[Judging], cache: Cache, scale: Scale, before: Mapping[str, Any] | None = None
 ) -> Entry:
-    """All that is known of a set. What `before`, the result file as it was, already says of the same units is kept."""
+    """All that is known of a set. What `before`, the result file as it was, already says of the same units is kept, and so are parts of
+    which the cache holds nothing; `measured_by` has the version of the methods (`VERSIONS`) of each part."""
     mine = [goal for goal in goals if goal.table.which.name == table.which.name]
     plain = [goal for goal in mine if goal.variant is None]
     chosen = _choices(plain, cache)
     tests = tested_units(table, goals, cache)
     before = before or {}
-    result: Entry = {"format": FORMAT, "scale": asdict(scale), "set": describe(table), "protocols": {}}
-    result["chosen"] = {method: _chosen(found) for method, found in chosen.items()}
-    result["picked"] = picked(chosen)
+    result: Entry = {"protocols": {}, "chosen": {}, "picked": None, "ablations": [], **before}
+    result |= {"format": FORMAT, "scale": asdict(scale), "set": describe(table)}
+    result["measured_by"] = dict(before.get("measured_by", {}))
+    if any(tests.values()):
+        result["protocols"], result["measured_by"]["main"] = {}, VERSIONS["test"]
+        result["chosen"] = {method: _chosen(found) for method, found in chosen.items()}
+        result["picked"] = picked(chosen)
     for protocol, units in tests.items():
         if units:
             inputs = _inputs(units, scale)
@@ -55,10 +60,9 @@ def result_of(
                 judged["methods"][method]["epochs"] = own[0]["epochs"]
                 judged["methods"][method]["trained_on"] = sorted({r["trained_on"] for r in own if "trained_on" in r})
             result["protocols"][protocol] = judged
-    result["ablations"] = _ablations([goal for goal in mine if goal.variant is not None], plain, cache, scale, before)
-    for part in ("replay", "implicit"):  # written by their own modules
-        if part in before:
-            result[part] = before[part]
+    ablations = _ablations([goal for goal in mine if goal.variant is not None], plain, cache, scale, before)
+    if ablations:
+        result["ablations"], result["measured_by"]["ablations"] = ablations, VERSIONS["test"]
     result["date"] = datetime.date.today().isoformat()
     return result
 
