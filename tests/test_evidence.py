@@ -27,7 +27,7 @@ from benchmarks.evidence.runner import run_plan
 from benchmarks.evidence.sets import DataSet, Table, make_table, registered, sets_in
 from benchmarks.evidence.svg import Mark, Series
 from benchmarks.evidence.svg import lines as line_plot
-from benchmarks.evidence.units import READINGS, Cache, Unit, trial_unit, unit_of
+from benchmarks.evidence.units import READINGS, VERSIONS, Cache, Unit, trial_unit, unit_of
 from benchmarks.evidence.write import in_order, write_results
 from limaml.errors import ConfigError
 from limaml.evaluate import bootstrap
@@ -216,6 +216,20 @@ def test_nothing_is_judged_again_where_nothing_has_changed(
     assert (
         again["ablations"] == result["ablations"]
     )  # also of variants that are the unchanged method, under their own names
+
+
+def test_what_is_of_an_earlier_version_is_kept_and_named(
+    table: Table, result: dict[str, Any], measured: tuple[Cache, list[Judging], list[Unit]], tmp_path: Path
+) -> None:
+    goals = measured[1]
+    assert result["measured_by"] == {"main": VERSIONS["test"], "ablations": VERSIONS["test"]}
+    assert "earlier version" not in page({"made": result})
+    before = {**result, "measured_by": {"main": VERSIONS["test"] - 1, "ablations": VERSIONS["test"]}}
+    kept = result_of(table, goals, Cache(tmp_path), SMALL, before)
+    assert kept["protocols"] == result["protocols"]
+    assert kept["ablations"] == result["ablations"]
+    told = page({"made": kept})
+    assert "Measured with an earlier version of the methods, and to be measured again: main (made)." in told
 
 
 def test_what_was_measured_is_not_measured_again(data: Path, table: Table, tmp_path: Path) -> None:
