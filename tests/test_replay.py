@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace as replaced
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from limaml.errors import ConfigError, DataError
 from limaml.evaluate.compare import JobProgress
 from limaml.evaluate.replay import replay, walk
 from limaml.evaluate.replay_first import first_training, of_family, with_item_tasks
-from limaml.evaluate.replay_past import Timeline
+from limaml.evaluate.replay_past import Timeline, View
 from limaml.evaluate.replay_periods import Periods, choose_periods, equal_parts
-from limaml.evaluate.replay_policies import POLICIES, Trained, make_policy
+from limaml.evaluate.replay_policies import POLICIES, Personalised, Trained, make_policy
 from limaml.interactions import Schema, index_interactions
 from limaml.interactions.codecs import Scaling
+from limaml.tasks import TaskRows
 
 QUICK = ["model.embedding_dim=4", "model.hidden=[8]", "model.dim=4", "model.factors=4", "train.epochs=1"]
 PLAIN = Schema.model_validate({"tasks": ["user_id"], "labels": ["click"], "time": "time", "row": "item_id"})
@@ -125,11 +127,13 @@ LEARNING = (
 """Every way of taking a period in; `limaml_refreshed` does what `limaml_streamed` does, seldom."""
 
 
-def served(frame: pl.DataFrame, schema: Schema, policy: str, trained: Trained | None = None) -> tuple[Trained, Tensor]:
+def served(
+    frame: pl.DataFrame, schema: Schema, policy: str, trained: Trained | None = None, method: str = "limaml_newton"
+) -> tuple[Trained, Tensor]:
     """The first training, and what the policy serves for the rows of two periods."""
     family, then = POLICIES[policy]
     timeline = Timeline.of(frame, schema)
-    timeline, config = of_family(timeline, limaml.load_config(None, QUICK), family, "limaml_newton", ROWS)
+    timeline, config = of_family(timeline, limaml.load_config(None, QUICK), family, method, ROWS)
     trained = trained or first_training(timeline, config, family, ROWS, None)[0]
     walker = make_policy(timeline, config, family, then)
     walker.begin(ROWS, trained)
@@ -138,28 +142,65 @@ def served(frame: pl.DataFrame, schema: Schema, policy: str, trained: Trained | 
     return trained, walk(walker, Periods(ROWS, cut, "40 rows", None), time, 2)[0]
 
 
-@pytest.mark.parametrize("policy", LEARNING)
-def test_the_future_changes_no_prediction(policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "method"),
+    [*((policy, "limaml_newton") for policy in LEARNING), ("limaml_items_refreshed", "limaml_gradient")],
+)
+def test_the_future_changes_no_prediction(policy: str, method: str) -> None:
     frame, schema = made()
     frame = frame.sort("timestamp").unique("timestamp", keep="first", maintain_order=True)
     seen = ROWS + 2 * STEP
-    trained, whole = served(frame, schema, policy)
+    trained, whole = served(frame, schema, policy, method=method)
     future = frame[seen:].sample(fraction=0.6, seed=1).sort("timestamp")
     future = future.with_columns(
         click=1 - pl.col("click"),
         segment=pl.lit("another").cast(frame["segment"].dtype),
         item_id=pl.col("item_id") + 99,
     )
-    again, other = served(pl.concat([frame[:seen], future]), schema, policy)
+    again, other = served(pl.concat([frame[:seen], future]), schema, policy, method=method)
     assert again.epochs == trained.epochs
     torch.testing.assert_close(whole, other, rtol=0, atol=1e-6)
     # the labels of a period, or of its last half where it is streamed, change what is served after it and not in it
     late = ROWS + (STEP // 2 if "streamed" in policy else 0)
     inside = pl.int_range(pl.len()).is_between(late, ROWS + STEP - 1)
     turned = frame.with_columns(click=pl.when(inside).then(1 - pl.col("click")).otherwise(pl.col("click")))
-    _, third = served(turned, schema, policy, trained)
+    _, third = served(turned, schema, policy, trained, method)
     torch.testing.assert_close(whole[:STEP], third[:STEP], rtol=0, atol=1e-6)
     assert not torch.allclose(whole[STEP:], third[STEP:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["limaml_newton", "limaml_gradient"])
+def test_newton_takes_new_rows_in_without_the_old_ones(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame, schema = made()
+    timeline, config = of_family(
+        Timeline.of(frame, schema), limaml.load_config(None, QUICK), "limaml_items", method, ROWS
+    )
+    trained = first_training(timeline, config, "limaml_items", ROWS, None)[0]
+    (period,) = equal_parts(timeline.plain.time.numpy()[: ROWS + STEP], ROWS, 1)
+    before = View.before
+
+    def turned(view: View, rows: int) -> limaml.types.Interactions:
+        data = before(view, rows)
+        old = (torch.arange(rows) < ROWS)[:, None] & (rows > ROWS)
+        return replaced(data, labels=torch.where(old, 1 - data.labels, data.labels))
+
+    found = []
+    for past in (before, turned):
+        monkeypatch.setattr(View, "before", past)
+        policy = make_policy(timeline, config, "limaml_items", "refresh")
+        assert isinstance(policy, Personalised)
+        policy.begin(ROWS, trained)
+        first = policy.tables
+        policy.absorb(period)
+        found.append(policy.tables)
+    for task in ("user_id", "item_id"):
+        assert torch.equal(found[0][task], found[1][task]) == (method == "limaml_newton")
+        if method == "limaml_newton":  # all rows at once say about the same
+            data = before(policy.view, period.last)
+            whole = policy.module.embed(data, task, TaskRows.of(data.index[task], data.count(task)))
+            moved = (whole[: len(first[task])] - first[task]).norm()
+            assert moved > 0.01
+            assert (found[0][task] - whole)[: len(first[task])].norm() < 0.2 * moved
 
 
 def test_a_task_is_served_with_the_features_it_had() -> None:

@@ -142,7 +142,8 @@ def _replay(results: Results, pictures: Sequence[str]) -> Iterable[str]:
     yield (
         "The past is trained on; then each period is served with what was known before it, and taken in. All policies begin with "
         "the same first training of their family, with default settings. *Cost*: processor seconds after the first training, as a "
-        "share of those of wide-and-deep IDs retrained each period."
+        "share of those of wide-and-deep IDs retrained each period. LiMAML takes new rows in without the old ones, a Newton step upon what "
+        "was known ([recursive.md](recursive.md)); what streams does so many times a period."
     )
     for name, result in there.items():
         yield ""

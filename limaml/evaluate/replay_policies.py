@@ -25,6 +25,7 @@ from limaml.meta.learn import MetaLearner
 from limaml.meta.losses import Losses
 from limaml.meta.model import MetaModel
 from limaml.meta.outer import History, Progress, fit
+from limaml.meta.uncertainty import Posterior
 from limaml.tasks import Split, TaskRows
 from limaml.types import Interactions
 
@@ -52,8 +53,8 @@ POLICIES: Mapping[str, tuple[str, Then]] = {
 FAMILIES = tuple(dict.fromkeys(family for family, _ in POLICIES.values()))
 
 GROWTH = 1.25
-"""A task of a further task type is adapted again when its rows are so many times those it was adapted on: one more row does
-not move an item that has a hundred, and what refreshing items costs does not hang on how often it is done."""
+"""Where rows are read again, a task of a further task type is adapted when its rows are so many times those it was adapted on:
+one more row does not move an item that has a hundred, and what refreshing items costs does not hang on how often it is done."""
 
 PASSES = (1, 2, 4)
 """Passes over a period's rows that fine-tuning chooses from, on the last training rows."""
@@ -225,9 +226,19 @@ class Plain(Policy):
 
 
 class Personalised(Policy):
-    """A meta model, and the table of meta embeddings that stands for the store."""
+    """A meta model, and what stands for the store: the table of meta embeddings, and with Newton's solver their posteriors.
+
+    Newton takes new rows in without the old ones, as `limaml.embeddings.update` does: the posterior of a task's rows so far is the
+    prior of those that come, one step at a time. A solver that has no posterior, and one whose rows lose their weight with
+    age, adapts a task again on its last rows.
+    """
 
     module: MetaModel
+
+    @property
+    def recursive(self) -> bool:
+        settings = self.config.adapt
+        return settings.solver == "newton" and settings.steps > 0 and settings.half_life is None
 
     def build(self, view: View, rows: int) -> MetaModel:
         tasks = [task.name for task in self.timeline.schema.tasks]
@@ -242,33 +253,55 @@ class Personalised(Policy):
         """Embed every task that has appeared."""
         data = self.view.before(rows)
         with self.watch:
-            self.tables, self.adapted_on = {}, {}
+            self.tables, self.factors, self.adapted_on = {}, {}, {}
             for task in self.module.tasks:
                 among = TaskRows.of(data.index[task], data.count(task))
-                self.tables[task], self.adapted_on[task] = self.module.embed(data, task, among), among.size
+                if self.recursive and self.then in ("refresh", "stream"):
+                    known = self.module.embed(data, task, among, uncertainty=True)
+                    self.tables[task], self.factors[task] = known
+                else:
+                    self.tables[task] = self.module.embed(data, task, among)
+                self.adapted_on[task] = among.size
 
     def refresh(self, period: Period) -> None:
-        """Adapt the tasks of the new rows again, each on its last rows; the blocks stay as they are.
-
-        Tasks of the first type are adapted whenever they have a new row, those of others when their rows have grown by
-        `GROWTH`.
-        """
+        """Take the new rows in; the blocks stay as they are."""
         data = self.view.before(period.last)
         with self.watch:
             tables = self.extended(self.tables, data)
             for task in self.module.tasks:
-                index, entries = data.index[task], data.count(task)
-                size = torch.bincount(index, minlength=entries)
-                touched = torch.zeros(entries, dtype=torch.bool)
-                touched[index[period.first :]] = True
-                before = torch.cat([self.adapted_on[task], size.new_zeros(entries - len(self.adapted_on[task]))])
-                if task != self.module.tasks[0]:
-                    touched &= size >= GROWTH * before
-                self.adapted_on[task] = torch.where(touched, size, before)
-                again = touched.nonzero().flatten()
-                among = TaskRows.of(index, entries, touched[index])
-                tables[task] = tables[task].index_copy(0, again, self.module.embed(data, task, among, again))
+                if self.factors:
+                    again, vectors = self._updated(data, task, tables[task], period)
+                else:
+                    again, vectors = self._adapted_again(data, task, period)
+                tables[task] = tables[task].index_copy(0, again, vectors)
             self.tables = tables
+
+    @torch.no_grad()
+    def _updated(self, data: Interactions, task: str, table: Tensor, period: Period) -> tuple[Tensor, Tensor]:
+        """The tasks of the new rows `[n]`, and their embeddings `[n, dim]` by what was known of them and these rows alone."""
+        factors, index = self.factors[task], data.index[task]
+        if len(factors) < len(table):
+            factors = torch.cat([factors, self.module.newton(task).prior_factor(table[len(factors) :])])
+        new = torch.arange(len(index)) >= period.first
+        again, among = torch.unique(index[new]), TaskRows.of(index, data.count(task), new)
+        before = Posterior(table[again], factors[again])
+        after = self.module.embed(data, task, among, again, uncertainty=True, before=before, steps=1)
+        self.factors[task] = factors.index_copy(0, again, after.factor)
+        return again, after.mean
+
+    def _adapted_again(self, data: Interactions, task: str, period: Period) -> tuple[Tensor, Tensor]:
+        """Tasks `[n]` and their embeddings `[n, dim]` by their last rows, old and new: tasks of the first type whenever they have a
+        new row, those of others when their rows have grown by `GROWTH`."""
+        index, entries = data.index[task], data.count(task)
+        size = torch.bincount(index, minlength=entries)
+        touched = torch.zeros(entries, dtype=torch.bool)
+        touched[index[period.first :]] = True
+        before = torch.cat([self.adapted_on[task], size.new_zeros(entries - len(self.adapted_on[task]))])
+        if task != self.module.tasks[0]:
+            touched &= size >= GROWTH * before
+        self.adapted_on[task] = torch.where(touched, size, before)
+        again = touched.nonzero().flatten()
+        return again, self.module.embed(data, task, TaskRows.of(index, entries, touched[index]), again)
 
     @torch.no_grad()
     def extended(self, tables: Mapping[str, Tensor], data: Interactions) -> dict[str, Tensor]:

@@ -195,9 +195,16 @@ class MetaModel(nn.Module):
         return z if not uncertainty or factor is None else Posterior(z, factor)
 
     def _adapted(
-        self, data: Interactions, task: str, tasks: Tensor, support: Rows, before: Posterior | None = None
+        self,
+        data: Interactions,
+        task: str,
+        tasks: Tensor,
+        support: Rows,
+        before: Posterior | None = None,
+        steps: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Meta embeddings, and their posterior's factor where the solver has one; `before` takes the prior's place."""
+        """Meta embeddings, and their posterior's factor where the solver has one; `before` takes the prior's place, and
+        `steps` that of the Newton solver's."""
         solver, factor = self._solver_of(task), None
         half_life = cast(HalfLife, self.half_lives[task]) if task in self.half_lives else None
         with _twice_differentiable(), between_blocks(precision_of_blocks(self.device)):
@@ -215,7 +222,7 @@ class MetaModel(nn.Module):
             moves = problem.weight > 0
             if isinstance(solver, NewtonSolver):
                 cold = self.cold(data, task, tasks) if before is None else before.mean
-                z, factor = solver(problem, cold, before)
+                z, factor = solver(problem, cold, before, steps)
             else:
                 features = self.features_of(data, task, tasks)
                 z = solver(self.engine(task, features), features, problem)
@@ -305,6 +312,7 @@ class MetaModel(nn.Module):
         progress: Callable[[int, int], None] | None = None,
         uncertainty: Literal[True],
         before: Posterior | None = None,
+        steps: int | None = None,
     ) -> Posterior: ...
 
     @torch.no_grad()
@@ -319,6 +327,7 @@ class MetaModel(nn.Module):
         progress: Callable[[int, int], None] | None = None,
         uncertainty: bool = False,
         before: Posterior | None = None,
+        steps: int | None = None,
     ) -> Tensor | Posterior:
         """Meta embeddings `[tasks, dim]` of `tasks` (default: every entry), adapted on their most recent rows in `among`.
 
@@ -329,6 +338,7 @@ class MetaModel(nn.Module):
         With `uncertainty` the result is the `Posterior` around the embeddings (solver newton): `dim²` more numbers a task.
         `before`, the posterior of the same `tasks` after their earlier rows, then stands where the prior does, and
         `among` holds only rows that came since: no earlier row is needed. A task without new rows keeps what it has.
+        Of Newton steps there are then `adapt.steps`, or `steps`: after a few rows one is enough, as in an extended Kalman filter.
         """
         if before is not None:
             self._check_before(task, tasks, before)
@@ -343,12 +353,13 @@ class MetaModel(nn.Module):
         solver, dim = self.newton(task) if uncertainty else None, self.dims[task] or 0
         vectors = [torch.zeros(0, dim, dtype=self.dtype, device=self.device)]
         factors = [torch.zeros(0, dim, dim, dtype=self.dtype, device=self.device)]
-        done, training = 0, {module: module.training for module in self.modules()}
-        self.eval()
+        done, training = 0, [module for module in self.modules() if module.training]
+        if training:
+            self.eval()
         try:
             for part in torch.split(tasks, torch.unique_consecutive(chunk, return_counts=True)[1].tolist()):
                 start = None if before is None else Posterior(*(each[done : done + len(part)] for each in before))
-                z, factor = self._adapted(data, task, part, among.of_tasks(part, cap), start)
+                z, factor = self._adapted(data, task, part, among.of_tasks(part, cap), start, steps)
                 if solver is not None and factor is not None:
                     held = solver.prior_factor(z) if start is None else start.factor
                     factors.append(torch.where(z.isfinite().all(1)[:, None, None], factor, held))
@@ -357,8 +368,8 @@ class MetaModel(nn.Module):
                 if progress is not None:
                     progress(done, len(tasks))
         finally:
-            for module, mode in training.items():  # not .train(): a module that was kept in evaluation mode stays there
-                module.training = mode
+            for module in training:  # not .train(): a module that was kept in evaluation mode stays there
+                module.training = True
         return Posterior(torch.cat(vectors), torch.cat(factors)) if uncertainty else torch.cat(vectors)
 
     def _check_before(self, task: str, tasks: Tensor | None, before: Posterior) -> None:

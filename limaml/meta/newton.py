@@ -74,19 +74,20 @@ class NewtonSolver(nn.Module):
         return torch.diag_embed(torch.exp(self.log_precision / 2).expand_as(cold))
 
     def forward(
-        self, support: Support, cold: Tensor, before: tuple[Tensor, Tensor] | None = None
+        self, support: Support, cold: Tensor, before: tuple[Tensor, Tensor] | None = None, steps: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Adapted meta embeddings `[tasks, dim]`, and the lower Cholesky factor of H `[tasks, dim, dim]` of the last
         step (of the prior alone where there were no steps): H⁻¹ is the posterior covariance.
 
-        `before`, such a result for earlier rows, takes the place of the learned prior; `cold` is then not read."""
+        `before`, such a result for earlier rows, takes the place of the learned prior; `cold` is then not read. So many
+        `steps` are taken, if given, in place of the solver's own."""
         outer = torch.is_grad_enabled()
         if before is None:
             prior, factor = self.prior(cold), self.prior_factor(cold)
         else:
             prior, factor = Prior(before[0], before[1] @ before[1].mT), before[1]
         z = prior.mean
-        for _ in range(self.steps if len(support) else 0):
+        for _ in range((self.steps if steps is None else steps) if len(support) else 0):
             slope, hessian, loss = self._system(support, z, prior, outer)
             factor = _cholesky(hessian)
             step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)

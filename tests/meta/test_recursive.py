@@ -60,6 +60,20 @@ def test_one_update_is_the_mode_under_the_earlier_posterior() -> None:
     assert not torch.allclose(after.mean, before.mean, atol=1e-3)
 
 
+def test_an_update_takes_as_many_steps_as_are_asked_for() -> None:
+    case = Case(sizes=(6, 9, 3), losses=("binary",), steps=3, adaptation={**NEWTON, "precision": 2.0})
+    model, data = model_of(case, "auto"), random_data(case)
+    early = torch.arange(len(data)) % 2 == 0
+    before = updated(model, data, early)
+    rows = TaskRows.of(data.index["user"], data.count("user"), ~early)
+    found = [model.embed(data, "user", rows, uncertainty=True, before=before, steps=n) for n in (0, 1, 3)]
+    assert torch.equal(found[0].mean, before.mean) and torch.equal(found[0].factor, before.factor)
+    assert torch.equal(found[2].mean, updated(model, data, ~early, before).mean)
+    model.newton("user").steps = 1
+    assert torch.equal(found[1].mean, updated(model, data, ~early, before).mean)
+    assert not torch.allclose(found[1].mean, found[2].mean, atol=1e-6)
+
+
 def test_a_task_without_new_rows_keeps_what_it_has() -> None:
     model, data = linear_model(("squared",), steps=2), random_data(Case(losses=("squared",), sizes=(4, 5)))
     before = updated(model, data, None)

@@ -78,7 +78,13 @@ class SetEncoderModel(MetaModel):
         return nn.Identity()
 
     def _adapted(
-        self, data: Interactions, task: str, tasks: Tensor, support: Rows, before: Posterior | None = None
+        self,
+        data: Interactions,
+        task: str,
+        tasks: Tensor,
+        support: Rows,
+        before: Posterior | None = None,
+        steps: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         cold = self.cold(data, task, tasks)
         if not len(support):
