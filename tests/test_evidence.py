@@ -228,6 +228,11 @@ def test_what_is_of_an_earlier_version_is_kept_and_named(
     kept = result_of(table, goals, Cache(tmp_path), SMALL, before)
     assert kept["protocols"] == result["protocols"]
     assert kept["ablations"] == result["ablations"]
+    alone = goals_of([table], SMALL, ["main"]) + [g for g in goals if g.variant and g.variant.topic == "order"]
+    assert result_of(table, alone, measured[0], SMALL, before)["ablations"] == [
+        *(e for e in result["ablations"] if e["topic"] == "order"),
+        *(e for e in result["ablations"] if e["topic"] != "order"),
+    ]
     told = page({"made": kept})
     assert "Measured with an earlier version of the methods, and to be measured again: main (made)." in told
 

@@ -61,8 +61,11 @@ def result_of(
                 judged["methods"][method]["trained_on"] = sorted({r["trained_on"] for r in own if "trained_on" in r})
             result["protocols"][protocol] = judged
     ablations = _ablations([goal for goal in mine if goal.variant is not None], plain, cache, scale, before)
-    if ablations:
-        result["ablations"], result["measured_by"]["ablations"] = ablations, VERSIONS["test"]
+    topics = {(e["topic"], e["method"]) for e in ablations}
+    kept = [e for e in before.get("ablations", ()) if (e["topic"], e["method"]) not in topics]
+    if ablations and not kept:
+        result["measured_by"]["ablations"] = VERSIONS["test"]
+    result["ablations"] = [*ablations, *kept]
     result["date"] = datetime.date.today().isoformat()
     return result
 
@@ -156,7 +159,9 @@ def _supports(items: Sequence[Predictions]) -> Entry:
 def _ablations(
     variants: Sequence[Judging], plain: Sequence[Judging], cache: Cache, scale: Scale, before: Mapping[str, Any]
 ) -> list[Entry]:
-    """One entry per variant: its metrics and its differences to the unchanged method, on the same seeds."""
+    """One entry per variant: its metrics and its differences to the unchanged method, on the same seeds. A topic of which nothing
+    but the unchanged method was measured is left out."""
+    measured: set[tuple[str, str]] = set()
     known = {(e["topic"], e["label"], e["inputs"]): e for e in before.get("ablations", ()) if "inputs" in e}
     found: list[Entry] = []
     for goal in variants:
@@ -172,10 +177,14 @@ def _ablations(
         against = [u for u in against if (u.protocol, u.seed) in seeds and _good(cache, u)]
         if len(against) != len(tests) or not tests:
             continue
+        if {u.key for u in tests} != {u.key for u in against}:
+            measured.add((goal.variant.topic, goal.method))
         entry: Entry = {"topic": goal.variant.topic, "label": goal.variant.label, "method": goal.method}
         entry |= {"settings": dict(goal.variant.settings), "inputs": _inputs([*tests, *against], scale)}
         if goal.variant.readings:
-            found += _readings(goal.variant.readings, tests, cache, scale, entry)
+            read = _readings(goal.variant.readings, tests, cache, scale, entry)
+            measured |= {(one["topic"], one["method"]) for one in read}
+            found += read
             continue
         if (old := known.get((goal.variant.topic, goal.variant.label, entry["inputs"]))) is not None:
             found.append(old)
@@ -191,7 +200,7 @@ def _ablations(
         }
         entry["cpu_seconds"] = float(np.mean([(cache.get(u.key) or {})["cpu_seconds"] for u in tests]))
         found.append(entry)
-    return found
+    return [entry for entry in found if (entry["topic"], entry["method"]) in measured]
 
 
 def _readings(
