@@ -92,7 +92,7 @@ def lines(title: str, series: Sequence[Series], x_axis: str, y_axis: str) -> str
     xs = [x for one in series for x in one.x]
     low, high = min(m.low for m in marks), max(m.high for m in marks)
     first, last = min(xs), max(xs)
-    left, right, top, bottom = 64, 520, 30, 270
+    left, right, top, bottom = 64, 520, 48, 288
 
     def at(x: float, y: float) -> str:
         across = left + (x - first) / max(last - first, 1e-9) * (right - left)
@@ -118,5 +118,5 @@ def lines(title: str, series: Sequence[Series], x_axis: str, y_axis: str) -> str
         parts.append(f"<rect x='{right + 14}' y='{top + number * _ROW}' width='12' height='3' fill='{colour}'/>")
         parts.append(_text(right + 32, top + 6 + number * _ROW, one.name))
     parts.append(_text((left + right) / 2, bottom + 34, x_axis, "middle"))
-    parts.append(_text(8, top - 2, y_axis))
+    parts.append(_text(8, top - 14, y_axis))
     return _frame(right + _LEGEND, bottom + 44, parts)
