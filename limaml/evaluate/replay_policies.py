@@ -249,6 +249,7 @@ class Personalised(Policy):
         rows = torch.ones(len(data), dtype=torch.bool) if split is None else split.train
         return fit(MetaLearner(self.module.to(config.device), data, rows, config, split), config, progress=self.tell)
 
+    @torch.no_grad()
     def settle(self, rows: int) -> None:
         """Embed every task that has appeared."""
         data = self.view.before(rows)
@@ -257,11 +258,13 @@ class Personalised(Policy):
             for task in self.module.tasks:
                 among = TaskRows.of(data.index[task], data.count(task))
                 if self.recursive and self.then in ("refresh", "stream"):
-                    known = self.module.embed(data, task, among, uncertainty=True)
-                    self.tables[task], self.factors[task] = known
+                    self.tables[task], known = self.module.embed(data, task, among, uncertainty=True)
+                    # with room for those that will appear, so that they are written in place
+                    ever = known.new_zeros(self.timeline.plain.count(task), known.shape[1])
+                    self.factors[task] = self.module.newton(task).prior_factor(ever)
+                    self.factors[task][: len(known)] = known
                 else:
-                    self.tables[task] = self.module.embed(data, task, among)
-                self.adapted_on[task] = among.size
+                    self.tables[task], self.adapted_on[task] = self.module.embed(data, task, among), among.size
 
     def refresh(self, period: Period) -> None:
         """Take the new rows in; the blocks stay as they are."""
@@ -280,13 +283,11 @@ class Personalised(Policy):
     def _updated(self, data: Interactions, task: str, table: Tensor, period: Period) -> tuple[Tensor, Tensor]:
         """The tasks of the new rows `[n]`, and their embeddings `[n, dim]` by what was known of them and these rows alone."""
         factors, index = self.factors[task], data.index[task]
-        if len(factors) < len(table):
-            factors = torch.cat([factors, self.module.newton(task).prior_factor(table[len(factors) :])])
         new = torch.arange(len(index)) >= period.first
         again, among = torch.unique(index[new]), TaskRows.of(index, data.count(task), new)
         before = Posterior(table[again], factors[again])
         after = self.module.embed(data, task, among, again, uncertainty=True, before=before, steps=1)
-        self.factors[task] = factors.index_copy(0, again, after.factor)
+        factors[again] = after.factor
         return again, after.mean
 
     def _adapted_again(self, data: Interactions, task: str, period: Period) -> tuple[Tensor, Tensor]:

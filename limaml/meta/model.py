@@ -48,6 +48,9 @@ logger = logging.getLogger("limaml")
 FEW_ROWS = 2**16
 """So many rows are never cut for the sake of memory."""
 
+FEW_BYTES = 2**24
+"""So many are taken without asking how many are free, which takes as long as a small refresh."""
+
 ROW_BYTES = 1024
 """A row of a support, while its task is generated: its place in the tables, its labels, and its features or its share
 of the parts."""
@@ -348,8 +351,10 @@ class MetaModel(nn.Module):
         used = size if cap is None else size.clamp(max=cap)
         # A task weighs its rows and what its own layers take, in bytes: cold tasks cost something too.
         each = self._task_bytes(data, task, tasks) if len(tasks) else 0
-        most = min(self._budget(), (rows_per_chunk or chunk_rows(self.device)) * ROW_BYTES)
-        chunk = torch.div(torch.cumsum(used * ROW_BYTES + each, 0) - 1, max(1, most), rounding_mode="floor")
+        most, taken = (rows_per_chunk or chunk_rows(self.device)) * ROW_BYTES, torch.cumsum(used * ROW_BYTES + each, 0)
+        if self.adaptation.memory_mib is not None or int(taken[-1:].sum()) > FEW_BYTES:
+            most = min(self._budget(), most)
+        chunk = torch.div(taken - 1, max(1, most), rounding_mode="floor")
         solver, dim = self.newton(task) if uncertainty else None, self.dims[task] or 0
         vectors = [torch.zeros(0, dim, dtype=self.dtype, device=self.device)]
         factors = [torch.zeros(0, dim, dim, dtype=self.dtype, device=self.device)]

@@ -104,7 +104,9 @@ class RowScorer:
         self.device = None if like is None else like.device
         self.owner = rows.owner.to(self.device)
         self.precision = precision_of_blocks(self.device)
-        self.cut = hoist and isinstance(block, CutBlock)
+        self._cut_block = (
+            block if hoist and isinstance(block, CutBlock) else None
+        )  # asked once: a Protocol takes its time
         self.segments = Segments(self.owner, len(tasks))
         self.pieces = self.cut_into(rows_per_piece)
         self.sides: list[Parts] = []  # parts of the distinct entries of each side
@@ -123,6 +125,11 @@ class RowScorer:
                 if side != task and side in held:
                     self._features[embedding_name(side)] = held[side](entry).to(self.device)
 
+    @property
+    def cut(self) -> bool:
+        """Whether the block is cut, and what does not depend on the meta embeddings was computed beforehand."""
+        return self._cut_block is not None
+
     def cut_into(self, rows_per_piece: int | None) -> list[Piece]:
         """The rows in pieces of so many, or in one."""
         owner, rows, pieces = self.owner, len(self.owner), []
@@ -140,10 +147,10 @@ class RowScorer:
     def _encode(
         self, table: Features, distinct: Tensor, place: Tensor, held: Callable[[Tensor], Tensor] | None, side: str
     ) -> None:
-        assert isinstance(self.block, CutBlock)
+        assert self._cut_block is not None
         features = take(table, distinct, self.dtype, self.device) if table else {}
         with self._naming(".encode", lambda: features):
-            parts = self._wide(self.block.encode(features)) if features else None
+            parts = self._wide(self._cut_block.encode(features)) if features else None
         if held is not None:
             condition = self.condition(held(distinct).to(self.device), embedding_name(side))
             parts = condition if parts is None else add_parts(parts, condition)
@@ -154,12 +161,11 @@ class RowScorer:
 
     def condition(self, z: Tensor, name: str | None = None) -> Parts:
         """What depends on the meta embeddings `z` `[n, dim]` alone: `[n, …]`."""
-        if not self.cut:
+        if self._cut_block is None:
             return (z,)
-        assert isinstance(self.block, CutBlock)
         embeddings = {name or self.name: z}
         with self._naming(".condition", lambda: embeddings):
-            return self._wide(self.block.condition(embeddings))
+            return self._wide(self._cut_block.condition(embeddings))
 
     def rows(self, own: Parts, piece: Piece, sides: Sequence[Parts] | None = None) -> Parts:
         """Parts of the rows of `piece`, for the parts `[tasks, …]` of its tasks that `condition` made."""
@@ -187,11 +193,10 @@ class RowScorer:
         """Logits `[n, heads]` of the parts `[n, …]` of a piece's rows."""
         first = next(part for part in parts if part is not None)
         with piece.masks.drawn(first):
-            if self.cut:
-                assert isinstance(self.block, CutBlock)
+            if self._cut_block is not None:
                 named = {f"slot {i}": part for i, part in enumerate(parts) if part is not None}
                 with self._naming(".score", lambda: named):
-                    logits = self.block.score(parts)
+                    logits = self._cut_block.score(parts)
             else:
                 features = {name: values[piece.rows] for name, values in self._features.items()} | {self.name: first}
                 with self._naming("", lambda: features):

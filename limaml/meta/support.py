@@ -70,10 +70,11 @@ class Support:
         """Logits `[n, heads]` of all rows for meta embeddings `z` `[tasks, dim]`, as the losses see them; differentiable
         once."""
         scorer, parts = self.scorer, self.scorer.condition(z)
-        closed = self._closed(parts)
+        one, graph = len(scorer.pieces) == 1, torch.is_grad_enabled()
+        closed = self._closed(parts) if graph or not one else None  # for few rows it takes longer to make than it saves
         if closed is not None:
             return self.shifted(closed.logits(parts))
-        if len(scorer.pieces) == 1 or not torch.is_grad_enabled():
+        if one or not graph:
             return self.shifted(scorer.logits(z))
 
         def logits(piece: Piece, own: Parts, sides: Sequence[Parts], weights: Tensor, graph: bool) -> Sequence[Tensor]:
