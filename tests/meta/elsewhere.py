@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 __all__ = ["ELSEWHERE", "Elsewhere", "moved", "second_device"]
 
@@ -59,9 +59,26 @@ class _Factories(TorchDispatchMode):
         return _carry_out(func, args, dict(kwargs or {}))
 
 
+@cache
+def _known(func: Any) -> tuple[str, bool]:
+    """The name of an operation, and whether its result is its first tensor."""
+    schema = func._schema
+    return schema.name, schema.name == "aten::copy_" or (schema.is_mutable and len(schema.returns) == 1)
+
+
+def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """`value` with each tensor in it changed; torch's own `tree_map` takes most of the time of a small operation."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_changed(part, change) for part in value])
+    return value
+
+
 def _carry_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name, wanted = func._schema.name, kwargs.get("device")
-    given = [arg for arg in tree_flatten((args, kwargs))[0] if isinstance(arg, Tensor)]
+    (name, returns_first), wanted = _known(func), kwargs.get("device")
+    given: list[Tensor] = []
+    _changed((args, tuple(kwargs.values())), given.append)
     if any(arg.is_meta and not isinstance(arg, Elsewhere) for arg in given):
         raise RuntimeError(f"{name} is given a tensor without numbers: the second device has not made it.")
     some = [arg for arg in given if isinstance(arg, Elsewhere)]
@@ -74,11 +91,14 @@ def _carry_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     there = bool(some) if wanted is None else torch.device(wanted) == ELSEWHERE
     if wanted is not None:
         kwargs["device"] = torch.device("cpu")
-    here_args, here_kwargs = tree_map(lambda arg: arg.here if isinstance(arg, Elsewhere) else arg, (args, kwargs))
-    found = func(*here_args, **here_kwargs)
-    if name == "aten::copy_" or (func._schema.is_mutable and len(func._schema.returns) == 1):
+
+    def here(tensor: Tensor) -> Tensor:
+        return tensor.here if isinstance(tensor, Elsewhere) else tensor
+
+    found = func(*_changed(args, here), **{key: _changed(value, here) for key, value in kwargs.items()})
+    if returns_first:
         return given[0]
-    return tree_map(lambda out: Elsewhere(out) if isinstance(out, Tensor) and there else out, found)
+    return _changed(found, Elsewhere) if there else found
 
 
 @contextmanager
