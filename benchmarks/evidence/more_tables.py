@@ -160,15 +160,28 @@ def _replay(results: Results, pictures: Sequence[str]) -> Iterable[str]:
         )
         for policy in result["policies"]:
             values = [value_of(result, policy, metric) for metric in METRICS]
-            ratio = result["cost_ratio"].get(policy)
-            cost = (
-                "–" if ratio is None else "0" if ratio == 0 else f"1/{1 / ratio:.0f}" if ratio < 0.5 else f"{ratio:.2f}"
-            )
+            cost = _share(result["cost_ratio"].get(policy))
             deltas = [delta_of(result, policy, other, "auc") for other in ("limaml_never", "wide_and_deep_retrained")]
             yield row(
                 f"`{policy}`", *("–" if v is None else f"{v:.4f}" for v in values), *(shown(d) for d in deltas), cost
             )
         yield from _slices(result)
+    rated = {name: result["by_rate"] for name, result in there.items() if "by_rate" in result}
+    if rated:
+        yield ""
+        yield "**How often to refresh** members and items: AUC − wide-and-deep retrained, and the cost, by refreshes in each period."
+        yield ""
+        numbers = sorted({rate["refreshes"] for rates in rated.values() for rate in rates})
+        yield from head("set", *map(str, numbers))
+        for name, rates in rated.items():
+            by_number = {
+                rate["refreshes"]: f"{shown(tuple(rate['auc']))}, {_share(rate['cost_ratio'])}" for rate in rates
+            }
+            yield row(results[name]["set"]["title"], *(by_number.get(number, "–") for number in numbers))
+
+
+def _share(ratio: float | None) -> str:
+    return "–" if ratio is None else "0" if ratio == 0 else f"1/{1 / ratio:.0f}" if ratio < 0.5 else f"{ratio:.2f}"
 
 
 def _slices(result: Entry) -> Iterable[str]:

@@ -68,9 +68,11 @@ class Job:
     def __str__(self) -> str:
         return f"{self.policy or f'{self.family}, first training'} · seed {self.seed}"
 
-    @property
-    def folder(self) -> str:
-        return f"{self.policy or f'first-{self.family}'}-{self.seed}"
+    def place(self, plan: Plan) -> Path:
+        """The folder of its result; what streams has one for each number of refreshes."""
+        name = f"{self.policy or f'first-{self.family}'}-{self.seed}"
+        streams = self.policy is not None and POLICIES[self.policy][1] == "stream"
+        return Path(plan.folder) / (f"{name}-{plan.refreshes}" if streams else name)
 
 
 def replay(
@@ -94,7 +96,7 @@ def replay(
 
     `policies` are names of `POLICIES`; `method` is the personalised method, `limaml_newton` or `limaml_gradient`. `periods`,
     `period` and `start` are those of `choose_periods`. A policy that streams refreshes `refreshes` times in each period.
-    With `folder` what is done is kept there. `workers` processes run at a time (default: one per core).
+    With `folder` what is done is kept there, and what streams is kept for every number of refreshes. `workers` processes run at a time (default: one per core).
 
     Raises `DataError` where the rows have no clock that all tasks share, and `ConfigError` for a policy, a method or
     periods that there are none of.
@@ -143,7 +145,7 @@ def _checked(
 def _fingerprint(plan: Plan) -> str:
     """Results are taken up only where all that they depend on is the same."""
     digest = hashlib.sha256(Path(plan.table).read_bytes())
-    digest.update(repr((plan.schema, plan.config, plan.method, plan.periods, plan.refreshes)).encode())
+    digest.update(repr((plan.schema, plan.config, plan.method, plan.periods)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -164,7 +166,7 @@ def _of_family(plan: Plan, family: str, seed: int) -> tuple[Timeline, Config]:
 
 def work(job: Job, plan: Plan) -> Job:
     """Do a job, unless its result is there already; the result is a folder."""
-    place = Path(plan.folder) / job.folder
+    place = job.place(plan)
     if _done(place):
         return job
     timeline, config = _of_family(plan, job.family, job.seed)
@@ -221,7 +223,7 @@ def _done(place: Path) -> bool:
 
 
 def _first(plan: Plan, family: str, seed: int) -> tuple[Trained, float]:
-    found = read_folder(Path(plan.folder) / Job(family, seed).folder, kind=KIND, format=FORMAT)
+    found = read_folder(Job(family, seed).place(plan), kind=KIND, format=FORMAT)
     done = found.documents["done"]
     return Trained(found.tensors["state"], int(done["epochs"]), int(done["passes"])), float(done["seconds"])
 
@@ -271,7 +273,7 @@ def _collect(plan: Plan, timeline: Timeline, dataset: str, policies: Sequence[st
         for name in policies:
             family = POLICIES[name][0]
             trained, first = _first(plan, family, seed)
-            found = read_folder(Path(plan.folder) / Job(family, seed, name).folder, kind=KIND, format=FORMAT)
+            found = read_folder(Job(family, seed, name).place(plan), kind=KIND, format=FORMAT)
             costs.append(Cost(name, seed, first, tuple(found.documents["done"]["seconds"])))
             epochs[family] = (trained.epochs, trained.passes)
             answer = dict(found.tensors["answer"])

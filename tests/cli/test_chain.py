@@ -242,13 +242,13 @@ def test_other_interactions_are_not_mixed_into_a_run(run: Path, tables: Tables, 
 
 def test_a_killed_training_goes_on_and_ends_in_the_same_bits(tables: Tables, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from limaml.cli import main; main()", "train", str(tables.past), *tables.options]
-    command += [*SMALL, "train.epochs=6", "train.patience=6", "--solver", "gradient", "--out"]
+    command += [*SMALL, "train.epochs=4", "train.patience=4", "--solver", "gradient", "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = tmp_path / "killed"
     child = subprocess.Popen([*command, str(killed)], env=environment, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     for line in child.stdout:
-        if "search: epoch 3 " in line:
+        if "search: epoch 2 " in line:
             child.send_signal(signal.SIGKILL)
             break
     child.stdout.close()

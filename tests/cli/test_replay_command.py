@@ -13,11 +13,11 @@ QUICK = [*SMALL, "train.epochs=1", "compare.replicates=20", "--workers", "1", "-
 
 def test_replay_writes_numbers_report_and_settings(tables: Tables, command: Command, tmp_path: Path) -> None:
     arguments = ("replay", tables.past, *tables.options, "--out", tmp_path, *QUICK, "--name", "mine")
-    chosen = ("--policies", "limaml_never, limaml_refreshed,wide_and_deep_retrained")
+    chosen = ("--policies", "limaml_never, limaml_refreshed,limaml_streamed,wide_and_deep_retrained", "--refreshes", "3")
     done = command(*arguments, *chosen)
     assert done.code == 0, done.err
     content = json.loads((tmp_path / "replay.json").read_text())
-    assert content["policies"] == ["limaml_never", "limaml_refreshed", "wide_and_deep_retrained"]
+    assert content["policies"] == ["limaml_never", "limaml_refreshed", "limaml_streamed", "wide_and_deep_retrained"]
     assert len(content["periods"]) == 3
     assert content["cost_ratio"]["limaml_refreshed"] > 0
     assert content["cost_ratio"]["wide_and_deep_retrained"] == 1
@@ -28,11 +28,21 @@ def test_replay_writes_numbers_report_and_settings(tables: Tables, command: Comm
     assert "limaml_refreshed − wide_and_deep_retrained: AUC" in said
     assert not list(tmp_path.glob(".*"))  # no table left behind
 
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "replayed").rglob("*.safetensors")}
+    def kept() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "replayed").rglob("*.safetensors")}
+
+    before = kept()
     again = command(*arguments, *chosen)
     assert again.code == 0, again.err
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "replayed").rglob("*.safetensors")}
+    assert before == kept()
     assert json.loads((tmp_path / "replay.json").read_text())["summary"] == content["summary"]
+
+    less_often = command(*arguments, *chosen[:2], "--refreshes", "2")
+    assert less_often.code == 0, less_often.err
+    (new,) = kept().items() - before.items()  # of what streams alone
+    assert new[0].parent.name == "limaml_streamed-0-2"
+    costs = json.loads((tmp_path / "replay.json").read_text())["cost_ratio"]
+    assert costs["limaml_refreshed"] == content["cost_ratio"]["limaml_refreshed"]
 
 
 @pytest.mark.parametrize(
