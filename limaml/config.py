@@ -107,7 +107,7 @@ class TrainConfig(_Frozen):
         description="Interactions per batch; tasks are never cut. None: a 32nd of the training rows, from 256 to 8192.",
     )
     query: Literal["cross_fit", "time_cut"] = "cross_fit"
-    patience: int = Field(default=2, ge=1, description="Epochs without a better validation loss before stopping.")
+    patience: int = Field(default=5, ge=1, description="Epochs without a better validation loss before stopping.")
     average: float = Field(default=3.0, ge=0, description="Epochs that the running average of the weights looks back.")
     clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")
     seed: int = 0

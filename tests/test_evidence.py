@@ -222,9 +222,9 @@ def test_what_is_of_an_earlier_version_is_kept_and_named(
     table: Table, result: dict[str, Any], measured: tuple[Cache, list[Judging], list[Unit]], tmp_path: Path
 ) -> None:
     goals = measured[1]
-    assert result["measured_by"] == {"main": VERSIONS["test"], "ablations": VERSIONS["test"]}
+    assert result["measured_by"] == {"main": VERSIONS["trial"], "ablations": VERSIONS["trial"]}
     assert "earlier version" not in page({"made": result})
-    before = {**result, "measured_by": {"main": VERSIONS["test"] - 1, "ablations": VERSIONS["test"]}}
+    before = {**result, "measured_by": {"main": VERSIONS["trial"] - 1, "ablations": VERSIONS["trial"]}}
     kept = result_of(table, goals, Cache(tmp_path), SMALL, before)
     assert kept["protocols"] == result["protocols"]
     assert kept["ablations"] == result["ablations"]

@@ -73,7 +73,7 @@ def _lead(results: Results) -> list[str]:
     ]
 
 
-_PARTS = {"main": ("protocols", "test"), "ablations": ("ablations", "test")}
+_PARTS = {"main": ("protocols", "trial"), "ablations": ("ablations", "trial")}
 _PARTS |= {part: (part, part) for part in ("replay", "implicit")}
 """Part → what it is in a result file, and whose version in `VERSIONS` counts for it."""
 

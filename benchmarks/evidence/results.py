@@ -45,7 +45,7 @@ def result_of(
     result |= {"format": FORMAT, "scale": asdict(scale), "set": describe(table)}
     result["measured_by"] = dict(before.get("measured_by", {}))
     if any(tests.values()):
-        result["protocols"], result["measured_by"]["main"] = {}, VERSIONS["test"]
+        result["protocols"], result["measured_by"]["main"] = {}, VERSIONS["trial"]
         result["chosen"] = {method: _chosen(found) for method, found in chosen.items()}
         result["picked"] = picked(chosen)
     for protocol, units in tests.items():
@@ -64,7 +64,7 @@ def result_of(
     topics = {(e["topic"], e["method"]) for e in ablations}
     kept = [e for e in before.get("ablations", ()) if (e["topic"], e["method"]) not in topics]
     if ablations and not kept:
-        result["measured_by"]["ablations"] = VERSIONS["test"]
+        result["measured_by"]["ablations"] = VERSIONS["trial"]
     result["ablations"] = [*ablations, *kept]
     result["date"] = datetime.date.today().isoformat()
     return result

@@ -13,7 +13,12 @@ QUICK = [*SMALL, "train.epochs=1", "compare.replicates=20", "--workers", "1", "-
 
 def test_replay_writes_numbers_report_and_settings(tables: Tables, command: Command, tmp_path: Path) -> None:
     arguments = ("replay", tables.past, *tables.options, "--out", tmp_path, *QUICK, "--name", "mine")
-    chosen = ("--policies", "limaml_never, limaml_refreshed,limaml_streamed,wide_and_deep_retrained", "--refreshes", "3")
+    chosen = (
+        "--policies",
+        "limaml_never, limaml_refreshed,limaml_streamed,wide_and_deep_retrained",
+        "--refreshes",
+        "3",
+    )
     done = command(*arguments, *chosen)
     assert done.code == 0, done.err
     content = json.loads((tmp_path / "replay.json").read_text())
