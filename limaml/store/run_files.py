@@ -119,11 +119,11 @@ class RunFile(Run):
 
     def sorted_well(self) -> bool:
         """Whether look-ups can work: hashes ascend, the directory is theirs, and what is not erased is found at one place."""
+        if not (self.hashes[1:] >= self.hashes[:-1]).all() or (len(self) and int(self.places.max()) >= len(self.rows)):
+            return False
         counts = np.zeros(2 ** (64 - self.shift), np.int64)
-        _count(counts, self.hashes, self.shift)
-        ascending = bool((self.hashes[1:] >= self.hashes[:-1]).all())
-        inside = not len(self) or int(self.places.max()) < len(self.rows)
-        return ascending and inside and np.array_equal(_directory(counts), self.directory)
+        _count(counts, self.hashes, self.shift)  # of what ascends
+        return np.array_equal(_directory(counts), self.directory)
 
 
 class _Writing:
