@@ -45,10 +45,8 @@ class Spread:
 
     def rows(self, table: Tensor) -> Tensor:
         """`[entries, …]` → `[n, …]`."""
-        if (
-            self.index.shape[1] == 1 and not table.requires_grad
-        ):  # torch's own gather, which has no gradient to be slow at
-            return table.index_select(0, self.index[:, 0])
+        if self.index.shape[1] == 1 and not table.requires_grad:  # torch's own gather: no gradient will be slow
+            return self._rows(table)
         return self._apply(_Rows, self._rows, table, len(self.index))
 
     def sums(self, rows: Tensor) -> Tensor:
