@@ -246,16 +246,18 @@ class CataloguedStore(ABC):
                 for record in environment.read(lambda txn: self._catalog.records(txn, model))
                 if record.state != "ready"
             ]
-            resumed = None
-            for record in reversed(left):
-                fits = (record.artifact, dict(record.dims), dict(record.dtypes)) == same
-                if resume and resumed is None and record.state == "writing" and fits:
-                    resumed = record
-                else:
-                    self.remove_version(record)
+            fits = [
+                record
+                for record in left
+                if record.state == "writing" and (record.artifact, dict(record.dims), dict(record.dtypes)) == same
+            ]
+            resumed = fits[-1] if resume and fits else None
             record = resumed or environment.write(
                 lambda txn: self._catalog.begin(txn, model, same, watermark, note, extra or {})
             )
+            for other in left:  # now that a record names the model folder: their removal takes those that none names
+                if other is not resumed:
+                    self.remove_version(other)
             self._begun(record, resumed=resumed is not None)
             if artifact is not None and not self.folders.is_kept(artifact):
                 self.remove_version(record)

@@ -689,6 +689,21 @@ class StoreConformance:
             store.model_path(digests[0])
         assert store.gc() == []
 
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_what_a_killed_publisher_left_does_not_take_the_next_ones_model_folder(
+        self, store: Store, tmp_path: Path, resume: bool
+    ) -> None:
+        write_folder(tmp_path / "model", documents={"number": 1}, kind="model", format=1)
+        digest = store.put_model(tmp_path / "model")
+        left = store.publish("m", dims={"member": 3}, artifact=digest)
+        left.close()
+        assert store.put_model(tmp_path / "model") == digest  # only what is left names it
+        with store.publish("m", dims={"member": 4}, artifact=digest, resume=resume) as publication:
+            version = publication.commit().version
+        assert store.model_path(digest).is_dir()
+        assert [kept.id for kept in store.versions("m")] == [version]
+        assert store.gc() == []
+
     # -------------------------------------------------------------------------------------------------- sizes
 
     @pytest.mark.parametrize(("dim", "dtype"), [(32, "float32"), (16, "int8"), (700, "float32")])
