@@ -338,18 +338,22 @@ class LmdbStore(CataloguedStore):
     # ------------------------------------------------------------------------------------------------------ pieces
 
     def _reading(self, work: Callable[[Any], _T]) -> _T:
-        """Twice, if need be: an embedding may be half erased, or a file gone, of a version that is so no more."""
-        environment = self.used()
-        try:
-            return environment.read(work)
-        except (StoreError, FileNotFoundError):
-            self._views.clear()
-        try:
-            return environment.read(work)
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"A file of the store {self.path} is gone: {error.filename}. Roll back to another version, or publish again."
-            ) from None
+        """Again, as long as something else stands in the way: an embedding may be half erased, or a file gone, of a version that
+        is so no more, and so may the next one's be if versions follow each other fast."""
+        environment, before = self.used(), ""
+        while True:
+            try:
+                return environment.read(work)
+            except (StoreError, FileNotFoundError) as error:
+                self._views.clear()
+                if str(error) != before:
+                    before = str(error)
+                    continue
+                if isinstance(error, StoreError):
+                    raise
+                raise StoreError(
+                    f"A file of the store {self.path} is gone: {error.filename}. Roll back to another version, or publish again."
+                ) from None
 
     def _view(self, txn: Any, layout: Layout) -> View:
         """Files of a version that is ready do not change."""

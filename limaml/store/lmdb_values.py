@@ -225,9 +225,9 @@ def check_run(layout: Layout, run: RunFile) -> Written:
                 raw = part.raws([int(np.argmin(fine))])[0] or b""
                 raise StoreError(damaged(layout, raw.decode("utf-8", "backslashreplace")))
             reached += int(np.count_nonzero(part.alive))
-    if reached < contents.rows:
+    if reached < contents.rows or not run.zeros_elsewhere():
         raise StoreError(
-            f"The index of task type '{layout.task_type}' in version {layout.version} of model '{layout.model}' is "
+            f"A file of task type '{layout.task_type}' in version {layout.version} of model '{layout.model}' is "
             "damaged. Roll back to another version, or publish this one again."
         )
     return contents

@@ -125,6 +125,33 @@ class RunFile(Run):
         _count(counts, self.hashes, self.shift)  # of what ascends
         return np.array_equal(_directory(counts), self.directory)
 
+    def zeros_elsewhere(self) -> bool:
+        """Whether zeros lie wherever no embedding and no id does: between two ids, and where something was erased."""
+        erased = self.spans == np.uint64(ERASED)
+        for start in range(0, len(self.rows), _STEP):
+            block, gone = self.rows[start : start + _STEP], erased[start : start + _STEP]
+            if block[gone].any() or not block[~gone, 0].all():
+                return False
+        alive = self.spans[~erased]
+        starts = alive >> np.uint64(24)
+        if not (starts[1:] >= starts[:-1]).all():
+            alive = alive[np.argsort(starts, kind="stable")]
+            starts = alive >> np.uint64(24)
+        starts = starts.astype(np.int64)
+        ends = np.maximum.accumulate(starts + (alive & np.uint64(LONGEST_ID)).astype(np.int64))
+        text = np.frombuffer(self.text, np.uint8, self.text_size, self.base)
+        first = behind = 0
+        while behind < len(text):
+            last = max(first + 1, int(np.searchsorted(ends, behind + _BLOCK, "right")))  # some ids, or one long one
+            stop = min(len(text), int(ends[last - 1]) if first < len(ends) else len(text))
+            covered = np.zeros(stop - behind + 1, np.int32)
+            np.add.at(covered, np.clip(starts[first:last] - behind, 0, stop - behind), 1)
+            np.add.at(covered, np.clip(ends[first:last] - behind, 0, stop - behind), -1)
+            if text[behind:stop][np.cumsum(covered[:-1]) <= 0].any():
+                return False
+            first, behind = last, stop
+        return True
+
 
 class _Writing:
     """A file that is being written. Left by an error, it is removed again."""

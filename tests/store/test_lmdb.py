@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ import limaml
 import limaml.store
 from limaml.errors import StoreError
 from limaml.store import LmdbStore, Store, open_store
+from limaml.store.batch import Layout
 from limaml.store.environment import _open
+from limaml.store.run_files import RunFile
 
 from .conformance import StoreConformance, column, fill, release, values
 from .format import COLD_TEXT, as_written, check_of, id_hash, read_run
@@ -185,11 +187,33 @@ def test_any_flipped_bit_of_a_file_that_holds_embeddings_is_found(path: Path, pl
     m, text_bytes, size = struct.unpack_from("<QQI", whole, 24)
     filling = 80 + m * size + text_bytes
     unread = 76 <= at < 80 or filling <= at < -(-(filling + 8) // 8) * 8  # zeros that fill
-    unread |= 80 + m * size <= at < filling and whole[at] == 0  # between two ids, whose lengths are known
     only_run(path).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
     try:
         with open_store(path) as store:
             if not unread:
+                with pytest.raises(StoreError, match=r"damaged|is not as it was written"):
+                    store.verify("m")
+    finally:
+        only_run(path).write_bytes(whole)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@example(place=0.26, bit=0)  # in the text, between two ids
+def test_a_flipped_bit_is_found_where_something_was_erased(path: Path, place: float, bit: int) -> None:
+    if not path.exists():
+        with open_store(path) as store:
+            release(store, 1.0, [f"t{number}" for number in range(40)] + ["é" * 9])
+            store.forget("member", ["t3", "t39"])
+    whole = only_run(path).read_bytes()
+    m, text_bytes, size = struct.unpack_from("<QQI", whole, 24)
+    filling = 80 + m * size + text_bytes
+    spans = -(-(filling + 8) // 8) * 8
+    at = 80 + int(place * (spans + 8 * m - 80))  # the hashes of what was erased stay, and are no one's
+    only_run(path).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    try:
+        with open_store(path) as store:
+            if not filling <= at < spans:
                 with pytest.raises(StoreError, match=r"damaged|is not as it was written"):
                     store.verify("m")
     finally:
@@ -230,7 +254,7 @@ def test_damage_before_the_flip_stops_the_flip(path: Path) -> None:
             with file.open("r+b") as open_file:
                 open_file.seek(found[b"b"].offset)
                 open_file.write(bytes(len(found[b"b"].value)))
-            with pytest.raises(StoreError, match="has 1 embeddings"):
+            with pytest.raises(StoreError, match=r"A file of task type 'member' in version .* is damaged"):
                 publication.commit()
         assert store.current("m") == old
 
@@ -622,6 +646,21 @@ print(reads)
         assert int(process.stdout.read()) > 100
         process.stdout.close()
         assert number > 3
+
+
+def test_a_look_up_outlasts_versions_that_follow_each_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(path) as store, open_store(path) as writer:
+        release(writer, 1.0)
+        opened, behind = store.runs.opened, [2.0, 3.0, 4.0]
+
+        def late(layout: Layout, names: Sequence[str]) -> tuple[RunFile, ...]:
+            if behind:  # the version that was looked up is gone by the time that its file is
+                release(writer, behind.pop(0))
+                writer.expire("m", keep=1)
+            return opened(layout, names)
+
+        monkeypatch.setattr(store.runs, "opened", late)
+        assert values(store.get("m", "member", ["a"])) == [4.0]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
