@@ -44,6 +44,7 @@ from limaml.store.contract import Store
 __all__ = ["calibrate"]
 
 SHORT, LONG = 8, 64
+REFRESHED_BUCKETS = 64  # of the log that is refreshed from: those of a log of a hundred million rows
 TASKS, ITEMS, CANDIDATES = 2048, 20_000, 100
 TASK = "user_id"
 START, DAY = 1_700_000_000, 86_400
@@ -124,7 +125,7 @@ class _Bench:
             self.tell("the store")
             put = median(writing) + self._published(store, trained, dim) / self.lengths[SHORT]
             self.tell("a refresh")
-            run, again = self._refreshed(store, adapt[-1], self.rows / median(reading))
+            run, again = self._refreshed(store, frames[SHORT], adapt[-1], self.rows / median(reading))
             self.tell("a request")
             request = self._asked(store)
         return UnitCosts(
@@ -197,14 +198,15 @@ class _Bench:
                 store.expire("model", 1)
         return median(found[1:])
 
-    def _refreshed(self, store: Store, adapt: AdaptCost, read_rows: float) -> tuple[float, float]:
+    def _refreshed(self, store: Store, frame: pl.DataFrame, adapt: AdaptCost, read_rows: float) -> tuple[float, float]:
         """Seconds of a run for itself, and of a member that acted beside adapting it and reading its rows: from runs for an
-        eighth of the members and for few."""
-        log, members = self._log(SHORT), self.lengths[SHORT]
+        eighth of the members and for few. What acted lies in as many files as the log has buckets."""
+        log, members = InteractionLog(self.folder / "log-refreshed", TASK, REFRESHED_BUCKETS), self.lengths[SHORT]
+        log.append(frame)
         few, many = max(1, members // 256), max(2, members // 8)
         rng, taken = np.random.default_rng(2), dict[int, list[float]]()
         with Refresher(store, "model", log, self.folder / "windows", SideTables(self.side)) as refresher:
-            refresher.run()  # makes the windows
+            refresher.run()  # makes the windows, and adapts all members from them
             for turn in range(self.repetitions):
                 for number in (few, many):
                     now = START + (200 + turn) * DAY + number
