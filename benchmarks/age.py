@@ -1,8 +1,9 @@
 """`python -m benchmarks.age`: does it help to weigh old rows less? The same method, with and without.
 
-Each data set is compared with itself: the same members, protocols, seeds and settings, once per value of
-`adapt.half_life`. Differences are to `adapt.half_life=null`, with the intervals of the bootstrap over members. About six
-minutes on two cores.
+Each data set is compared with itself: the same members, protocols, seeds and settings. "off": rows weigh alike
+(`adapt.find_half_life=false`); "found": the default; a number: a half-life that is learned from there. Differences are to "off",
+with the intervals of the bootstrap over members. Made-up members turn towards new tastes by as many degrees in all; where they
+do not turn, nothing should be found. About ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import limaml
 from limaml.config import parse_config
 from limaml.evaluate import Summary, summarise
 from limaml.evaluate.compare import compare
-from limaml.interactions import prepare
+from limaml.interactions import Prepared, prepare
 from limaml.meta import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DAY = 86_400  # the data sets' times are in seconds
 METRICS = ("auc", "gauc", "log_loss")
+VARIANTS = {"off": {"find_half_life": False}, "found": {}}
 
 
 @dataclass(frozen=True)
@@ -31,49 +34,61 @@ class Set:
     name: str
     label: str
     time: str
-    half_lives: tuple[float, ...]
+    half_lives: tuple[float, ...] = ()
     task_features: bool = False
+    turns: float | None = None  # degrees, of made-up members
+
+    def prepared(self, data: Path, members: int) -> Prepared:
+        if self.turns is not None:
+            made = limaml.make_interactions(tasks=members, drift=self.turns / 90, seed=1)
+            return prepare(
+                made.interactions,
+                task=["user_id"],
+                row="item_id",
+                time=self.time,
+                label=[self.label],
+                task_features=made.users,
+                row_features=made.items,
+            )
+        folder = data / self.name
+        return prepare(
+            folder / "interactions.parquet",
+            task=["user_id"],
+            row="item_id",
+            time=self.time,
+            label=[self.label],
+            task_features=folder / "users.parquet" if self.task_features else None,
+            row_features=folder / "items.parquet",
+            max_tasks=members,
+        )
 
 
 SETS = (
+    *(Set(f"made up, {turns:g}°", "click", "timestamp", turns=turns) for turns in (0, 30, 90)),
     Set("ml-1m-timed", "rating >= 4", "timestamp", (30 * DAY,), task_features=True),
     Set("assistments09", "correct >= 1", "seq", (50,)),
 )
 
 
 def measure(
-    which: Set, folder: Path, members: int, seeds: int, method: str, workers: int
-) -> tuple[Summary, dict[str, float]]:
-    """All variants of one data set in one summary, methods named by their half-life; and the half-lives learned."""
-    users = folder / "users.parquet"
-    prepared = prepare(
-        folder / "interactions.parquet",
-        task=["user_id"],
-        row="item_id",
-        time=which.time,
-        label=[which.label],
-        task_features=users if which.task_features else None,
-        row_features=folder / "items.parquet",
-        max_tasks=members,
-    )
-    found, learned = [], {}
+    which: Set, data: Path, members: int, seeds: int, method: str, workers: int
+) -> tuple[Summary, dict[str, float | None]]:
+    """All variants of one data set, and wide-and-deep IDs, in one summary, methods named by their variant; and the half-lives,
+    None where rows weigh alike."""
+    prepared = which.prepared(data, members)
+    found, known = [], dict[str, float | None]()
     with tempfile.TemporaryDirectory() as place:
         table = Path(place) / "table.parquet"
         prepared.frame.write_parquet(table)
-        for start in (None, *which.half_lives):
-            name = "off" if start is None else f"{start:g}"
-            config = parse_config(
-                {
-                    "adapt": {"half_life": start},
-                    "compare": {"methods": [method], "seeds": seeds},
-                }
-            )
+        variants = VARIANTS | {f"{start:g}": {"half_life": start} for start in which.half_lives}
+        for name, adapt in variants.items():
+            methods = ["wide_and_deep", method] if name == "off" else [method]
+            config = parse_config({"adapt": adapt, "compare": {"methods": methods, "seeds": seeds}})
             keep = Path(place) / f"model-{name}"
             done = compare(table, prepared.schema, config, dataset=which.name, keep=keep, workers=workers)
-            found += [replace(p, method=name) for p in done.predictions]
-            for half_life in load_model(keep).model.half_lives.values():
-                learned[name] = float(half_life.log_half_life.detach().exp())
-    return summarise(found, baselines=["off"]), learned
+            found += [replace(p, method=name) if p.method == method else p for p in done.predictions]
+            known[name] = next(iter(load_model(keep).model.half_life_values().values()), None)
+    return summarise(found, baselines=["off"]), known
 
 
 def main() -> None:
@@ -89,17 +104,20 @@ def main() -> None:
     chosen = parser.parse_args()
     results = []
     for which in SETS:
+        if which.turns is None and not (chosen.data / which.name).exists():
+            print(f"{which.name} is not in {chosen.data}, and is left out.")
+            continue
         for method in chosen.methods:
-            summary, learned = measure(
-                which, chosen.data / which.name, chosen.members, chosen.seeds, method, chosen.workers
-            )
+            summary, known = measure(which, chosen.data, chosen.members, chosen.seeds, method, chosen.workers)
             for (dataset, protocol), metric in ((g, m) for g in summary.groups() for m in METRICS):
                 off = summary.interval(dataset, protocol, "off", "all", metric)
-                for name, half_life in learned.items():
+                for name in ("wide_and_deep", *(variant for variant in known if variant != "off")):
                     change = summary.delta(dataset, protocol, name, "off", "all", metric)
                     assert off is not None and change is not None
+                    half_life = known.get(name)
+                    said = "" if name == "wide_and_deep" else f" (half-life, warm: {half_life or 'none'})"
                     print(
-                        f"{dataset} · {protocol} · {method} · half-life {name} (learned, warm: {half_life:.4g}) · {metric} "
+                        f"{dataset} · {protocol} · {method} {name}{said} · {metric} "
                         f"{off.value:.4f} {change.delta:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
                         flush=True,
                     )
@@ -108,8 +126,8 @@ def main() -> None:
                             "dataset": dataset,
                             "protocol": protocol,
                             "method": method,
-                            "start": float(name),
-                            "learned": half_life,
+                            "variant": name,
+                            "half_life": half_life,
                             "metric": metric,
                             "off": off.value,
                             "change": [change.delta, change.low, change.high],

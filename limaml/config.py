@@ -68,7 +68,12 @@ class Adaptation(_Frozen):
         gt=0,
         allow_inf_nan=False,
         description="Where the learned half-life of support rows starts: days, where the time column holds dates; the "
-        "column's own unit, where it holds numbers; else rows. None: old rows weigh as much as new ones.",
+        "column's own unit, where it holds numbers; else rows. None: see find_half_life.",
+    )
+    find_half_life: bool = Field(
+        default=True,
+        description="Whether training ends with the question if old rows deserve less weight, where half_life is not given. The "
+        "half-life that is found is kept; most often it is none. False: old rows weigh as much as new ones.",
     )
     adapt_embeddings: bool = Field(
         default=False,

@@ -34,9 +34,10 @@ from limaml.tasks import TaskRows
 
 __all__ = ["READINGS", "VERSIONS", "Cache", "Runnable", "Unit", "trained_on", "trained_where", "trial_unit", "unit_of"]
 
-VERSIONS: dict[str, int] = {"trial": 4, "test": 3, "replay": 5, "implicit": 5}
-"""Method or part → a number to raise when its code or its defaults change what it predicts; 1 unless named here. Together
-with limaml's own version it is a part of each unit's digest, and makes the results of before be measured again."""
+VERSIONS: dict[str, int] = {"trial": 4, "test": 3, "replay": 6, "implicit": 6}
+VERSIONS |= dict.fromkeys(("test of limaml_newton", "test of limaml_gradient", "test of limaml_history"), 2)
+"""Method, part or "part of method" → a number to raise when its code or its defaults change what it predicts; 1 unless named
+here. Together with limaml's own version it is a part of each unit's digest, and makes the results of before be measured again."""
 
 LIMAML = version("limaml")
 
@@ -99,6 +100,8 @@ class Unit:
             VERSIONS.get(self.kind, 1),
             LIMAML,
         ]
+        if (both := f"{self.kind} of {self.method}") in VERSIONS:
+            told.append(VERSIONS[both])
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 
     @property

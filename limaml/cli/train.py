@@ -96,7 +96,13 @@ def train_command(
     best = done.search or done.history
     valid = best.epochs[best.best - 1].valid_loss if best.epochs else None
     said = "" if valid is None else f", validation loss {valid:.4f} at its best epoch {best.best}"
-    say([f"Trained for {len(done.history.epochs)} epochs{said}.", f"Model {trained.digest[:12]} is in {place.model}."])
+    unit = "rows" if schema.time is None else f"days, or units of '{schema.time}' if it holds numbers,"
+    aged = [
+        f"Old rows of {task} say less: half as much for every {value:.3g} {unit} behind its newest one."
+        for task, value in done.model.half_life_values().items()
+    ]
+    say([f"Trained for {len(done.history.epochs)} epochs{said}.", *aged])
+    say([f"Model {trained.digest[:12]} is in {place.model}."])
     console.print(f"\nNext: limaml embed {out}", markup=False, highlight=False)
 
 

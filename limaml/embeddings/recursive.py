@@ -34,7 +34,8 @@ def update(
     posteriors (`publish(..., uncertainty=True)`, `limaml embed --uncertainty`); an unknown task starts from the prior. What
     this costs in quality is measured in docs/recursive.md. Raises `StoreError` if the version is of another model, holds no
     posteriors, or has a task whose embedding and posterior are not of the same interactions, as after an update that was
-    killed between the two; nothing of that task type is then changed.
+    killed between the two; nothing of that task type is then changed. With a half-life, new rows weigh by age among
+    themselves and what was known before loses nothing: where members change, adapt them anew (`Refresher`).
     """
     with store.read(name, version) as reader:
         described = store.describe(name, reader.version)

@@ -138,6 +138,9 @@ class PlainLearner:
     def _row_losses(self, batch: Tensor) -> Tensor:
         return self.model.losses.of_rows(self.data, batch, self.model.logits(self.data, batch, self.known))
 
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Nothing is left to do."""
+
     def tasks_in(self, batch: Tensor) -> int:
         return len(batch)
 

@@ -235,10 +235,9 @@ class Personalised(Policy):
 
     module: MetaModel
 
-    @property
-    def recursive(self) -> bool:
+    def recursive(self, task: str) -> bool:
         settings = self.config.adapt
-        return settings.solver == "newton" and settings.steps > 0 and settings.half_life is None
+        return settings.solver == "newton" and settings.steps > 0 and task not in self.module.half_lives
 
     def build(self, view: View, rows: int) -> MetaModel:
         tasks = [task.name for task in self.timeline.schema.tasks]
@@ -257,7 +256,7 @@ class Personalised(Policy):
             self.tables, self.factors, self.adapted_on = {}, {}, {}
             for task in self.module.tasks:
                 among = TaskRows.of(data.index[task], data.count(task))
-                if self.recursive and self.then in ("refresh", "stream"):
+                if self.recursive(task) and self.then in ("refresh", "stream"):
                     self.tables[task], known = self.module.embed(data, task, among, uncertainty=True)
                     # with room for those that will appear, so that they are written in place
                     ever = known.new_zeros(self.timeline.plain.count(task), known.shape[1])
@@ -272,7 +271,7 @@ class Personalised(Policy):
         with self.watch:
             tables = self.extended(self.tables, data)
             for task in self.module.tasks:
-                if self.factors:
+                if task in self.factors:
                     again, vectors = self._updated(data, task, tables[task], period)
                 else:
                     again, vectors = self._adapted_again(data, task, period)

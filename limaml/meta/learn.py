@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from limaml.config import TrainConfig
-from limaml.meta.age import warn_if_short
+from limaml.meta.age import HalfLife, warn_if_short
+from limaml.meta.age_search import find_half_life
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.scorer import Held
@@ -129,6 +130,23 @@ class MetaLearner:
         held: Held = {other: self._others[other, batch.side].__getitem__ for other in self.model.tasks if other != task}
         query = self.model.scored(self.data, task, tasks, batch.batch.query, held)
         return self.model.losses.loss(query.logits(z), query.labels, query.weights)
+
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Find out whether old rows deserve less weight (`adapt.find_half_life`)."""
+        settings = self.model.adaptation
+        if settings.half_life is not None or not settings.find_half_life or not settings.steps:
+            return
+        for task in self.model.tasks:
+            self.model.weigh_by_age(task, None)
+        if len(self.model.tasks) > 1:
+            self._adapt_others(None, ranks)
+        found = {}
+        for task, grouped in self.grouped.items():
+            held: Held = {o: self._others[o, None].__getitem__ for o in self.model.tasks if o != task}
+            found[task] = find_half_life(self.model, self.data, task, grouped, held, self.config.seed)
+        for task, half_life in found.items():
+            (agreed,) = ranks.sum(half_life or 0.0 if ranks.leads else 0.0)
+            self.model.weigh_by_age(task, HalfLife(agreed) if agreed else None)
 
     def tasks_in(self, batch: MetaBatch) -> int:
         return len(batch.batch.tasks)

@@ -10,6 +10,7 @@ To personalise an existing model `m(features) -> logits`, let it read one more f
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -99,6 +100,20 @@ class MetaModel(nn.Module):
         self._engines: dict[tuple[str, bool], tuple[tuple[object, ...], Engine]] = {}
         self._read_by_global: set[str] = set()
         self._kept_per_task: dict[str, int] = {}
+
+    def weigh_by_age(self, task: str, half_life: HalfLife | None) -> None:
+        """Have `task`'s support rows weigh by age from now on; with None, all alike."""
+        if half_life is not None:
+            self.half_lives[task] = half_life.to(self.device, self.dtype)
+        elif task in self.half_lives:
+            del self.half_lives[task]
+
+    def half_life_values(self) -> dict[str, float]:
+        """Task type → the half-life of its support rows, in the unit of `meta.age.ages`. Those without one are not there."""
+        return {
+            task: math.exp(float(cast(HalfLife, module).log_half_life.detach()))
+            for task, module in self.half_lives.items()
+        }
 
     def _solver(self, task: str) -> nn.Module:
         settings = self.adaptation

@@ -94,6 +94,10 @@ class Learner(Protocol[Batch]):
         """Mean validation loss, the same on all `ranks`, or None where nothing is held out."""
         ...
 
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """What is left to do when training has ended, its weights in the module; on all `ranks` alike."""
+        ...
+
     def fast_parameters(self) -> list[nn.Parameter]:
         """Parameters that take the solvers' learning rate."""
         ...
@@ -162,6 +166,8 @@ def fit(
         save()
     learner.module.load_state_dict(state.best_weights or state.average)
     learner.module.eval()
+    with autocast(config.autocast, _device(learner.module)):
+        learner.finish(ranks)
     return History(tuple(state.history), state.best, _out_of_patience(state, config))
 
 

@@ -130,6 +130,13 @@ class WindowLearner:
             total, weight = ranks.sum(total, weight)
         return total / max(weight, 1e-12)
 
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """As `MetaLearner.finish`, on the rows of the first window."""
+        buckets = self._plan.ascending()[0]
+        opened = self.reader.open(buckets)
+        train, _ = self._split(opened)
+        MetaLearner(self.model, opened.data, train, self.config, None, self.totals, quiet=True).finish(ranks)
+
     def _loss_in(self, buckets: tuple[int, ...], then: list[tuple[int, ...]], ranks: Ranks) -> tuple[float, float]:
         """The summed loss of a window's held-out rows, and their weight."""
         opened = self.reader.open(buckets, then[0] if then else None)

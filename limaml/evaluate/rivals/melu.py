@@ -215,6 +215,9 @@ class MeluLearner(MetaLearner):
         logits = self.melu.logits(data, len(batch.batch.tasks), batch.batch.support, query)
         return self.melu.losses.of_rows(data, query.rows, logits)
 
+    def finish(self, ranks: Ranks = ALONE) -> None:
+        """Nothing is left to do: its support rows weigh alike."""
+
     @torch.no_grad()
     def validate(self, ranks: Ranks = ALONE) -> float | None:
         if self.validation is None:
