@@ -87,6 +87,11 @@ class Adaptation(_Frozen):
         description="Memory that adapting may take, beside model and data, in MiB. None: half of what is free.",
     )
 
+    @property
+    def seeks_half_life(self) -> bool:
+        """Whether training ends with the question if old rows deserve less weight."""
+        return self.half_life is None and self.find_half_life and self.steps > 0
+
 
 class TrainConfig(_Frozen):
     """The outer loop."""

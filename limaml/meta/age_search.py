@@ -1,8 +1,9 @@
 """Do old rows deserve less weight? Asked of a model that was trained, on the rows that it was trained on.
 
-Cross-fit cannot say: its support lies before and behind the query. So each task is cut at moments of its own, adapted on what
-is older and judged on what follows, with all rows weighing alike and with shorter and shorter half-lives. The shared weights
-have seen all of these rows, whatever the half-life; the embeddings have not seen those that they are judged on.
+Cross-fit cannot say: its support lies before and behind the query. So each task is cut at moments of its own in the second half
+of its rows, adapted on what is older and judged on what follows, with all rows weighing alike and with shorter and shorter
+half-lives. The shared weights have seen all of these rows, whatever the half-life; the embeddings have not seen those that they
+are judged on.
 
 A half-life is taken only where it surely helps: ages cost something (`limaml.embeddings.update` knows none).
 """
@@ -24,12 +25,13 @@ __all__ = ["find_half_life"]
 
 ROWS = 200_000  # of the tasks that are asked, at most
 TASKS = 20  # fewer tell nothing
-CUTS = 2  # moments of each task
+CUTS = 4  # moments of each task
+EARLIEST = 0.5  # of its rows lie before them: its support is then about as long as the one that is served
 BATCH_ROWS = 16_384
 LONGEST = 2.0  # half-lives begin here, in what nine ages of ten lie below, and are halved
 HALVINGS = 8
 SURE = 2.0  # standard errors, over tasks
-WORTH = 0.001  # of the loss
+WORTH = 0.0003  # of the loss
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def find_half_life(
     """The half-life of `task`'s rows in the unit of `ages`, or None: all weigh alike.
 
     `grouped` are the rows that may be asked, `held` the embeddings of the other task types. Of the half-lives whose gain in mean
-    loss is a thousandth of it, two standard errors taken off, the one is taken whose gain less one is largest. The model weighs
+    loss is `WORTH` of it, two standard errors taken off, the one is taken whose gain less one is largest. The model weighs
     all rows alike until it is told otherwise (`weigh_by_age`).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +55,7 @@ def find_half_life(
         return None
     cap = model.adaptation.max_support
     cuts = [
-        time_cut(grouped, some, generator, cap)
+        time_cut(grouped, some, generator, cap, earliest=EARLIEST)
         for _ in range(CUTS)
         for some in task_batches(tasks, grouped.size, BATCH_ROWS, generator)
     ]

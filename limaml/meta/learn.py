@@ -133,8 +133,7 @@ class MetaLearner:
 
     def finish(self, ranks: Ranks = ALONE) -> None:
         """Find out whether old rows deserve less weight (`adapt.find_half_life`)."""
-        settings = self.model.adaptation
-        if settings.half_life is not None or not settings.find_half_life or not settings.steps:
+        if not self.model.adaptation.seeks_half_life:
             return
         for task in self.model.tasks:
             self.model.weigh_by_age(task, None)

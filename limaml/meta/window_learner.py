@@ -132,8 +132,9 @@ class WindowLearner:
 
     def finish(self, ranks: Ranks = ALONE) -> None:
         """As `MetaLearner.finish`, on the rows of the first window."""
-        buckets = self._plan.ascending()[0]
-        opened = self.reader.open(buckets)
+        if not self.model.adaptation.seeks_half_life:
+            return
+        opened = self.reader.open(self._plan.ascending()[0])
         train, _ = self._split(opened)
         MetaLearner(self.model, opened.data, train, self.config, None, self.totals, quiet=True).finish(ranks)
 

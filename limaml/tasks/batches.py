@@ -46,11 +46,19 @@ def cross_fit(grouped: TaskRows, tasks: Tensor, coin: Tensor, side: bool, max_su
     return TaskBatch(tasks, _capped(support, len(tasks), max_support), query)
 
 
-def time_cut(grouped: TaskRows, tasks: Tensor, generator: torch.Generator, max_support: int | None = None) -> TaskBatch:
-    """A random moment per task: what is older is support, the rest is query."""
+def time_cut(
+    grouped: TaskRows,
+    tasks: Tensor,
+    generator: torch.Generator,
+    max_support: int | None = None,
+    *,
+    earliest: float = 0.0,
+) -> TaskBatch:
+    """A random moment per task, behind this share of its rows: what is older is support, the rest is query."""
     all_rows = grouped.of_tasks(tasks)
     size = grouped.size[tasks]
-    older = torch.floor(torch.rand(len(tasks), generator=generator) * (size + 1)).long().clamp(max=size)
+    share = earliest + (1 - earliest) * torch.rand(len(tasks), generator=generator)
+    older = torch.floor(share * (size + 1)).long().clamp(max=size)
     rank = torch.arange(len(all_rows)) - (torch.cumsum(size, 0) - size)[all_rows.owner]
     before = rank < older[all_rows.owner]
     support = Rows(all_rows.rows[before], all_rows.owner[before])
