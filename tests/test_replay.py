@@ -279,6 +279,36 @@ def test_refreshing_is_worth_something_where_tastes_turn_and_a_killed_replay_goe
     assert {p["policy"] for p in content["by_period"]} == set(policies)
 
 
+def test_a_half_life_that_was_found_is_served_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame, schema = made()
+    table = tmp_path / "table.parquet"
+    frame.write_parquet(table)
+    policies = ("limaml_refreshed", "limaml_items_streamed")
+
+    def losses(half_life: float | None) -> list[float]:
+        def found(_model: object, _data: object, task: str, *_: object) -> float | None:
+            return half_life if task == "user_id" else None
+
+        monkeypatch.setattr("limaml.meta.learn.find_half_life", found)
+        folder = tmp_path / f"kept-{half_life}"
+        done = replay(
+            table,
+            schema,
+            limaml.load_config(None, QUICK),
+            policies=policies,
+            dataset="made",
+            periods=3,
+            workers=1,
+            folder=folder,
+        )
+        of = [done.summary.interval("made", "replay", policy, "all", "log_loss") for policy in policies]
+        return [interval.value for interval in of if interval is not None]
+
+    alike, aged = losses(None), losses(0.5)
+    assert len(alike) == len(aged) == 2
+    assert all(one != other for one, other in zip(alike, aged, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -22,6 +22,7 @@ from limaml.interactions import Schema
 from limaml.interactions.buckets import LogBuckets
 from limaml.interactions.digest import content_digest
 from limaml.meta import train
+from limaml.meta.age import AGE_UNITS
 from limaml.meta.distributed import Ranks
 
 __all__ = ["train_command"]
@@ -96,9 +97,8 @@ def train_command(
     best = done.search or done.history
     valid = best.epochs[best.best - 1].valid_loss if best.epochs else None
     said = "" if valid is None else f", validation loss {valid:.4f} at its best epoch {best.best}"
-    unit = "rows" if schema.time is None else f"days, or units of '{schema.time}' if it holds numbers,"
     aged = [
-        f"Old rows of {task} say less: half as much for every {value:.3g} {unit} behind its newest one."
+        f"Old rows of {task} say less: half as much for every {value:,.4g} {AGE_UNITS[done.time_unit]} behind the newest one."
         for task, value in done.model.half_life_values().items()
     ]
     say([f"Trained for {len(done.history.epochs)} epochs{said}.", *aged])

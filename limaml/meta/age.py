@@ -18,11 +18,13 @@ from limaml.errors import ConfigError
 from limaml.tasks import TaskRows
 from limaml.types import Interactions, Rows
 
-__all__ = ["HalfLife", "ages", "warn_if_short"]
+__all__ = ["AGE_UNITS", "HalfLife", "ages", "warn_if_short"]
 
 logger = logging.getLogger("limaml")
 
 DAY = 86_400_000_000  # microseconds
+AGE_UNITS = {"us": "days", "integer": "units of the time column", "order": "rows"}
+"""`Interactions.time_unit` → what ages are counted in."""
 
 
 def ages(data: Interactions, task: str, rows: Rows, tasks: int) -> Tensor:
@@ -68,12 +70,11 @@ def warn_if_short(half_life: float, data: Interactions, task: str, grouped: Task
     age = ages(data, task, grouped.of_tasks(torch.arange(data.count(task))), data.count(task))
     median = float(age.median()) if len(age) else 0.0
     if median > 20 * half_life:
-        unit = {"us": "days", "integer": "the time column's own unit", "order": "rows"}[data.time_unit]
         logger.warning(
             "adapt.half_life is %g, but half of the rows of '%s' lie more than %g behind their task's newest one, so they "
             "would weigh less than a millionth. It is counted in %s here: give it in that unit.",
             half_life,
             task,
             median,
-            unit,
+            AGE_UNITS[data.time_unit],
         )

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,20 @@ class MetaModel(nn.Module):
             self.half_lives[task] = half_life.to(self.device, self.dtype)
         elif task in self.half_lives:
             del self.half_lives[task]
+
+    def weigh_as(self, state: Mapping[str, object]) -> None:
+        """Have a half-life for just those task types that a state dict has one of, where training looks for them; its value
+        is loaded with the state. `load_state_dict` does this by itself."""
+        for task in self.tasks:
+            named = f"half_lives.{task}.log_half_life" in state
+            if named and task not in self.half_lives:
+                self.weigh_by_age(task, HalfLife(1.0))
+            elif not named and self.adaptation.seeks_half_life:
+                self.weigh_by_age(task, None)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self.weigh_as(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def half_life_values(self) -> dict[str, float]:
         """Task type → the half-life of its support rows, in the unit of `meta.age.ages`. Those without one are not there."""

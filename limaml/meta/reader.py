@@ -36,6 +36,7 @@ class WindowReader:
     def __init__(self, buckets: Buckets, encoder: Encoder) -> None:
         self.buckets, self.encoder = buckets, encoder
         self.waited = 0.0
+        self.time_unit = "order"  # of what was opened last
         self._now: Opened | None = None
         self._next: tuple[tuple[int, ...], Future[Opened]] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -47,6 +48,7 @@ class WindowReader:
             self._now = None  # its rows go before others come
             started = time.perf_counter()
             self._now = self._take(wanted)
+            self.time_unit = self._now.data.time_unit
             self.waited += time.perf_counter() - started
         if then is not None and tuple(then) != wanted:
             self._ahead(tuple(then))

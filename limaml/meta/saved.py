@@ -11,7 +11,6 @@ from limaml.artifact import Folder, read_folder, write_folder
 from limaml.config import Config, parse_config
 from limaml.errors import ArtifactError
 from limaml.interactions import Encoder
-from limaml.meta.age import HalfLife
 from limaml.meta.build import build_meta_model
 from limaml.meta.model import MetaModel
 
@@ -74,14 +73,7 @@ def load_model(folder: Path | str, build: Callable[[Encoder, Config], MetaModel]
         model = build_meta_model(encoder.specs, documents["blocks"]["tasks"], losses, config.model, config.adapt)
     else:
         model = build(encoder, config)
-    for name in saved.tensors["weights"]:
-        section, _, rest = name.partition(".")
-        if (
-            section == "half_lives"
-            and (task := rest.rpartition(".")[0]) not in model.half_lives
-            and task in model.tasks
-        ):
-            model.weigh_by_age(task, HalfLife(1.0))  # it was found when training ended
+    model.weigh_as(saved.tensors["weights"])
     wanted, found = set(model.state_dict()), set(saved.tensors["weights"])
     if wanted != found:
         raise ArtifactError(

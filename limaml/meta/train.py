@@ -49,6 +49,7 @@ class Training:
     search: History | None
     built_by: str = "config"
     waited: float = 0.0
+    time_unit: str = "order"  # of the rows (`Interactions.time_unit`)
     whole: Interactions | None = field(default=None, repr=False)
 
     @property
@@ -120,7 +121,7 @@ def train(
         built_by = "config" if build is None else getattr(build, "__qualname__", type(build).__name__)
         whole = reader.open(range(buckets.count)).data if found.windows.single else None
         trained = model.cpu(), found.encoder, config, history, search, built_by
-        return Training(*trained, reader.waited, whole)
+        return Training(*trained, reader.waited, reader.time_unit, whole)
 
     model, search, settings = fresh().to(device), None, config
     try:

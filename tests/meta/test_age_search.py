@@ -13,7 +13,6 @@ import limaml
 from limaml.config import parse_config
 from limaml.interactions.buckets import OneBucket
 from limaml.meta import Training, load_model
-from limaml.meta.age import HalfLife
 from limaml.meta.age_search import find_half_life
 from limaml.tasks import TaskRows
 
@@ -79,7 +78,9 @@ def test_it_is_saved_with_the_model(turned: Training, tmp_path: Path) -> None:
         data = turned.data
         assert torch.equal(embedded(model, data), embedded(turned.model, data))
     plain = fresh(turned)
+    plain.load_state_dict(turned.model.state_dict())
     plain.load_state_dict({k: v for k, v in turned.model.state_dict().items() if not k.startswith("half_lives")})
+    assert plain.half_life_values() == {}
     assert not torch.allclose(embedded(plain, turned.data), embedded(turned.model, turned.data))
 
 
@@ -100,7 +101,6 @@ def embedded(model: limaml.MetaModel, data: limaml.Interactions) -> torch.Tensor
 def test_members_whom_nothing_was_fitted_on_say_the_same(turned: Training) -> None:
     others = clicks(turns=True, members=2 * MEMBERS).filter(pl.col("user_id") >= MEMBERS)
     data, model = turned.encoder.encode(others), fresh(turned)
-    model.weigh_by_age("user_id", HalfLife(1.0))
     model.load_state_dict(turned.model.state_dict())
     grouped = TaskRows.of(data.index["user_id"], data.count("user_id"))
     (known,) = model.half_life_values().values()
