@@ -83,11 +83,19 @@ def generate(sizes: Sequence[Size]) -> list[str]:
             done = one["refresh"]
             lines.append(
                 f"* Refreshed after one member in a hundred acted: {done['tasks']:,} members in {done['seconds']:.1f} s, "
-                f"{one['refresh_share']:.1%} of the generation by one worker, and the next such refresh of the same process in "
-                f"{done['warm_seconds']:.1f} s; making the windows from the log, once, took "
+                f"{one['refresh_share']:.1%} of the generation by one worker{_warm(done)}; making the windows from the log, once, took "
                 f"{done['windows_s']:.0f} s. {done['peak_gib']:.2f} GiB."
             )
     return lines
+
+
+def _warm(done: Mapping[str, float]) -> str:
+    """A second refresh, where it was measured."""
+    return (
+        f", and the next such refresh of the same process in {done['warm_seconds']:.1f} s"
+        if "warm_seconds" in done
+        else ""
+    )
 
 
 def plan(sizes: Sequence[Size]) -> list[str]:
