@@ -222,7 +222,7 @@ def measure(
         },
         "workers_peak_gib": max(run["workers_peak_gib"] for run in runs),
         "publish": published,
-        **({} if touched is None else {"refresh": touched, "refresh_share": touched["seconds"] / one["seconds"]}),
+        **({} if touched is None else {"refresh": touched}),
         "runs": runs,
     }
 

@@ -83,8 +83,8 @@ def generate(sizes: Sequence[Size]) -> list[str]:
             done = one["refresh"]
             lines.append(
                 f"* Refreshed after one member in a hundred acted: {done['tasks']:,} members in {done['seconds']:.1f} s, "
-                f"{one['refresh_share']:.1%} of the generation by one worker{_warm(done)}; making the windows from the log, once, took "
-                f"{done['windows_s']:.0f} s. {done['peak_gib']:.2f} GiB."
+                f"{done['seconds'] / runs[0]['spent']['all']:.1%} of the jobs' time in a generation{_warm(done)}; making the windows "
+                f"from the log, once, took {done['windows_s']:.0f} s. {done['peak_gib']:.2f} GiB, with the pages of the windows."
             )
     return lines
 
