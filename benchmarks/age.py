@@ -19,6 +19,7 @@ from limaml.config import parse_config
 from limaml.evaluate import Summary, summarise
 from limaml.evaluate.compare import compare
 from limaml.interactions import Prepared, prepare
+from limaml.interactions.readers import Source
 from limaml.meta import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,26 +40,24 @@ class Set:
     turns: float | None = None  # degrees, of made-up members
 
     def prepared(self, data: Path, members: int) -> Prepared:
-        if self.turns is not None:
+        source: Source
+        users: Source | None
+        items: Source
+        if self.turns is None:
+            folder = data / self.name
+            source = folder / "interactions.parquet"
+            users, items = folder / "users.parquet" if self.task_features else None, folder / "items.parquet"
+        else:
             made = limaml.make_interactions(tasks=members, drift=self.turns / 90, seed=1)
-            return prepare(
-                made.interactions,
-                task=["user_id"],
-                row="item_id",
-                time=self.time,
-                label=[self.label],
-                task_features=made.users,
-                row_features=made.items,
-            )
-        folder = data / self.name
+            source, users, items = made.interactions, made.users, made.items
         return prepare(
-            folder / "interactions.parquet",
+            source,
             task=["user_id"],
             row="item_id",
             time=self.time,
             label=[self.label],
-            task_features=folder / "users.parquet" if self.task_features else None,
-            row_features=folder / "items.parquet",
+            task_features=users,
+            row_features=items,
             max_tasks=members,
         )
 

@@ -144,7 +144,6 @@ def refresh(folder: str, tasks: int) -> dict[str, Any]:
         begun = time.perf_counter()
         refresher.windows.catch_up()
         made_windows = time.perf_counter() - begun
-        windows_peak = _peak_gib(os.getpid())
         rng = np.random.default_rng(9)
         for _ in range(2):
             acting = rng.choice(tasks, int(ACTED * tasks), replace=False)
@@ -169,7 +168,6 @@ def refresh(folder: str, tasks: int) -> dict[str, Any]:
         "warm_seconds": seconds[1],
         "tasks": version.tasks,
         "windows_s": made_windows,
-        "windows_peak_gib": windows_peak,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,10 @@ def generate(sizes: Sequence[Size]) -> list[str]:
             done = one["refresh"]
             lines.append(
                 f"* Refreshed after one member in a hundred acted: {done['tasks']:,} members in {done['seconds']:.1f} s, "
-                f"{done['seconds'] / runs[0]['spent']['all']:.1%} of the jobs' time in a generation{_warm(done)}; making the windows "
-                f"from the log, once, took {done['windows_s']:.0f} s. {done['peak_gib']:.2f} GiB, with the pages of the windows."
+                f"{done['seconds'] / runs[0]['spent']['all']:.1%} of the jobs' time in a generation, and the next such refresh of "
+                f"the same process in {done['warm_seconds']:.1f} s; making the windows from the log, once, took {done['windows_s']:.0f} s. {done['peak_gib']:.2f} GiB, with the pages of the windows."
             )
     return lines
-
-
-def _warm(done: Mapping[str, float]) -> str:
-    """A second refresh, where it was measured."""
-    return (
-        f", and the next such refresh of the same process in {done['warm_seconds']:.1f} s"
-        if "warm_seconds" in done
-        else ""
-    )
 
 
 def plan(sizes: Sequence[Size]) -> list[str]:

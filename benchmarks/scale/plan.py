@@ -43,10 +43,7 @@ def check(done: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     }
     if "refresh" in done:
         again = costs.refresh_run + ACTED * tasks * costs.refresh_seconds(16, support)
-        lines[f"refresh {ACTED:.0%} of the members, s"] = (
-            again,
-            done["refresh"].get("warm_seconds", done["refresh"]["seconds"]),
-        )
+        lines[f"refresh {ACTED:.0%} of the members, s"] = (again, done["refresh"]["warm_seconds"])
     return {
         "tasks": done["tasks"],
         "rows": rows,

@@ -132,12 +132,8 @@ class RunFile(Run):
             block, gone = self.rows[start : start + _STEP], erased[start : start + _STEP]
             if block[gone].any() or not block[~gone, 0].all():
                 return False
-        alive = self.spans[~erased]
-        starts = alive >> np.uint64(24)
-        if not (starts[1:] >= starts[:-1]).all():
-            alive = alive[np.argsort(starts, kind="stable")]
-            starts = alive >> np.uint64(24)
-        starts = starts.astype(np.int64)
+        alive = np.sort(self.spans[~erased])  # by their starts, which are the upper bits
+        starts = (alive >> np.uint64(24)).astype(np.int64)
         ends = np.maximum.accumulate(starts + (alive & np.uint64(LONGEST_ID)).astype(np.int64))
         text = np.frombuffer(self.text, np.uint8, self.text_size, self.base)
         first = behind = 0
