@@ -446,13 +446,20 @@ class MetaModel(nn.Module):
         rows: Tensor,
         embeddings: Mapping[str, Tensor],
     ) -> Tensor:
-        """Logits `[n, heads]` of the rows `[n]`, with the embeddings of every entry of each task type `[entries, dim]`."""
+        """Logits `[n, heads]` of the rows `[n]`, in any order, with the embeddings of every entry of each task type
+        `[entries, dim]`; differentiable by these and by the global block."""
         task = self.tasks[0]
         self.refuse_missing(embeddings)
         distinct, owner = torch.unique(data.index[task][rows], return_inverse=True)
+        place = None
+        if bool((owner[1:] < owner[:-1]).any()):  # a slope sums what lies side by side
+            by_owner = torch.argsort(owner, stable=True)
+            place = torch.argsort(by_owner)
+            rows, owner = rows[by_owner], owner[by_owner]
         held: Held = {name: embeddings[name].__getitem__ for name in self.tasks if name != task}
         scorer = RowScorer(self.global_block, data, task, distinct, Rows(rows, owner), held)
-        return scorer.logits(embeddings[task][distinct])
+        logits = scorer.logits(embeddings[task][distinct])
+        return logits if place is None else logits[place.to(logits.device)]
 
     def refuse_missing(self, embeddings: Mapping[str, Tensor]) -> None:
         """Raise `ModelError` unless there are embeddings of every task type."""
