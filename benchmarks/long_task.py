@@ -73,7 +73,7 @@ def _run(block: str, work: str, solver: str, memory: int, data: Interactions) ->
     support, query = (
         TaskRows.of(data.index["member"], tasks, side).of_tasks(torch.arange(tasks)) for side in (half, ~half)
     )
-    learner = MetaLearner(model, data, half | ~half, TrainConfig())
+    learner = MetaLearner(model, data, half | ~half, TrainConfig(anybody=0))
 
     def generate() -> None:
         model.embed(data, "member", grouped)

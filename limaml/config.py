@@ -117,6 +117,12 @@ class TrainConfig(_Frozen):
         description="Interactions per batch; tasks are never cut. None: a 32nd of the training rows, from 256 to 8192.",
     )
     query: Literal["cross_fit", "time_cut"] = "cross_fit"
+    anybody: float = Field(
+        default=0.3,
+        ge=0,
+        description="Weight of the loss of the query rows with one learned embedding for all tasks, beside that with the "
+        "adapted ones: what the global block knows of members in general.",
+    )
     patience: int = Field(default=5, ge=1, description="Epochs without a better validation loss before stopping.")
     average: float = Field(default=3.0, ge=0, description="Epochs that the running average of the weights looks back.")
     clip: float = Field(default=5.0, gt=0, description="Largest norm of the meta-gradient.")

@@ -27,7 +27,7 @@ from benchmarks.evidence.runner import run_plan
 from benchmarks.evidence.sets import DataSet, Table, make_table, registered, sets_in
 from benchmarks.evidence.svg import Mark, Series
 from benchmarks.evidence.svg import lines as line_plot
-from benchmarks.evidence.units import READINGS, VERSIONS, Cache, Unit, trial_unit, unit_of
+from benchmarks.evidence.units import READINGS, Cache, Unit, trial_unit, unit_of, version_of
 from benchmarks.evidence.write import in_order, write_results
 from limaml.errors import ConfigError
 from limaml.evaluate import bootstrap
@@ -222,9 +222,10 @@ def test_what_is_of_an_earlier_version_is_kept_and_named(
     table: Table, result: dict[str, Any], measured: tuple[Cache, list[Judging], list[Unit]], tmp_path: Path
 ) -> None:
     goals = measured[1]
-    assert result["measured_by"] == {"main": VERSIONS["trial"], "ablations": VERSIONS["trial"]}
+    now = version_of("trial")
+    assert result["measured_by"] == {"main": now, "ablations": now}
     assert "earlier version" not in page({"made": result})
-    before = {**result, "measured_by": {"main": VERSIONS["trial"] - 1, "ablations": VERSIONS["trial"]}}
+    before = {**result, "measured_by": {"main": now - 1, "ablations": now}}
     kept = result_of(table, goals, Cache(tmp_path), SMALL, before)
     assert kept["protocols"] == result["protocols"]
     assert kept["ablations"] == result["ablations"]

@@ -84,7 +84,7 @@ class Limaml:
             among = TaskRows.of(data.index[TASK], problem.tasks)
             return lambda: {"z": model.embed(data, TASK, among)}, problem.tasks
         query = Rows(torch.arange(count, len(data)), problem.query.owner)
-        learner = MetaLearner(model, data, torch.ones(len(data), dtype=torch.bool), TrainConfig())
+        learner = MetaLearner(model, data, torch.ones(len(data), dtype=torch.bool), TrainConfig(anybody=0))
         batch = MetaBatch(TASK, TaskBatch(torch.arange(problem.tasks), support, query), None)
 
         def train() -> Outcome:

@@ -9,7 +9,7 @@ from benchmarks.evidence import more_tables
 from benchmarks.evidence.bar import METRIC_TEXT, Difference, differences, holm, lines, losses
 from benchmarks.evidence.markdown import head, row, signed
 from benchmarks.evidence.results import METRICS, Entry
-from benchmarks.evidence.units import VERSIONS
+from benchmarks.evidence.units import version_of
 from limaml.evaluate.bootstrap import ALL
 from limaml.evaluate.predictions import QUARTILES
 
@@ -75,7 +75,7 @@ def _lead(results: Results) -> list[str]:
 
 _PARTS = {"main": ("protocols", "trial"), "ablations": ("ablations", "trial")}
 _PARTS |= {part: (part, part) for part in ("replay", "implicit")}
-"""Part → what it is in a result file, and whose version in `VERSIONS` counts for it."""
+"""Part → what it is in a result file, and the kind whose version counts for it."""
 
 
 def _earlier(results: Results) -> Iterable[str]:
@@ -84,7 +84,7 @@ def _earlier(results: Results) -> Iterable[str]:
         part: [
             name
             for name, result in results.items()
-            if result.get(place) and result.get("measured_by", {}).get(part, 0) < VERSIONS[kind]
+            if result.get(place) and result.get("measured_by", {}).get(part, 0) < version_of(kind)
         ]
         for part, (place, kind) in _PARTS.items()
     }

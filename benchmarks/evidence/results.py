@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.evidence.ablations import reading_name
 from benchmarks.evidence.plan import PROTOCOLS, Chosen, Judging, Scale
 from benchmarks.evidence.sets import Table, describe
-from benchmarks.evidence.units import VERSIONS, Cache, Unit
+from benchmarks.evidence.units import Cache, Unit, version_of
 from limaml.evaluate import Predictions, bootstrap, quartiles
 from limaml.evaluate.bootstrap import ALL, Interval, Replicates
 from limaml.evaluate.predictions import QUARTILES
@@ -35,7 +35,7 @@ def result_of(
     table: Table, goals: Sequence[Judging], cache: Cache, scale: Scale, before: Mapping[str, Any] | None = None
 ) -> Entry:
     """All that is known of a set. What `before`, the result file as it was, already says of the same units is kept, and so are parts of
-    which the cache holds nothing; `measured_by` has the version of the methods (`VERSIONS`) of each part."""
+    which the cache holds nothing; `measured_by` has the version of the methods (`version_of`) of each part."""
     mine = [goal for goal in goals if goal.table.which.name == table.which.name]
     plain = [goal for goal in mine if goal.variant is None]
     chosen = _choices(plain, cache)
@@ -45,7 +45,7 @@ def result_of(
     result |= {"format": FORMAT, "scale": asdict(scale), "set": describe(table)}
     result["measured_by"] = dict(before.get("measured_by", {}))
     if any(tests.values()):
-        result["protocols"], result["measured_by"]["main"] = {}, VERSIONS["trial"]
+        result["protocols"], result["measured_by"]["main"] = {}, version_of("trial")
         result["chosen"] = {method: _chosen(found) for method, found in chosen.items()}
         result["picked"] = picked(chosen)
     for protocol, units in tests.items():
@@ -64,7 +64,7 @@ def result_of(
     topics = {(e["topic"], e["method"]) for e in ablations}
     kept = [e for e in before.get("ablations", ()) if (e["topic"], e["method"]) not in topics]
     if ablations and not kept:
-        result["measured_by"]["ablations"] = VERSIONS["trial"]
+        result["measured_by"]["ablations"] = version_of("trial")
     result["ablations"] = [*ablations, *kept]
     result["date"] = datetime.date.today().isoformat()
     return result

@@ -24,7 +24,7 @@ from benchmarks.evidence.sets import Table
 from limaml.config import Config, parse_config
 from limaml.errors import LimamlError
 from limaml.evaluate.compare import Job, job_problem, predictions_of, train_job
-from limaml.evaluate.methods import Fitted, Problem, config_of
+from limaml.evaluate.methods import METHODS, Fitted, Problem, config_of
 from limaml.evaluate.metrics import log_loss
 from limaml.evaluate.predictions import Predictions
 from limaml.evaluate.tune import with_settings
@@ -32,12 +32,29 @@ from limaml.meta import logit_sd
 from limaml.store.packing import pack, unpack
 from limaml.tasks import TaskRows
 
-__all__ = ["READINGS", "VERSIONS", "Cache", "Runnable", "Unit", "trained_on", "trained_where", "trial_unit", "unit_of"]
+__all__ = [
+    "READINGS",
+    "VERSIONS",
+    "Cache",
+    "Runnable",
+    "Unit",
+    "trained_on",
+    "trained_where",
+    "trial_unit",
+    "unit_of",
+    "version_of",
+]
 
-VERSIONS: dict[str, int] = {"trial": 4, "test": 3, "replay": 6, "implicit": 6}
-VERSIONS |= dict.fromkeys(("test of limaml_newton", "test of limaml_gradient", "test of limaml_history"), 2)
-"""Method, part or "part of method" → a number to raise when its code or its defaults change what it predicts; 1 unless named
-here. Together with limaml's own version it is a part of each unit's digest, and makes the results of before be measured again."""
+VERSIONS: dict[str, int] = {"trial": 4, "test": 3, "replay": 7, "implicit": 7}
+VERSIONS |= dict.fromkeys(("limaml_newton", "limaml_gradient", "limaml_history", "set_encoder", "cavia"), 2)
+"""Method or part → a number to raise when its code or its defaults change what it predicts; 1 unless named here. Together
+with limaml's own version it is a part of each unit's digest, and makes the results of before be measured again."""
+
+
+def version_of(kind: str) -> int:
+    """What a result file says that its results of a kind were measured by: the kind's version, and all methods'."""
+    return VERSIONS[kind] + sum(number - 1 for name, number in VERSIONS.items() if name in METHODS)
+
 
 LIMAML = version("limaml")
 
@@ -100,8 +117,6 @@ class Unit:
             VERSIONS.get(self.kind, 1),
             LIMAML,
         ]
-        if (both := f"{self.kind} of {self.method}") in VERSIONS:
-            told.append(VERSIONS[both])
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 
     @property

@@ -14,7 +14,7 @@ from benchmarks.evidence.plan import Judging, Scale, goals_of
 from benchmarks.evidence.replays import replay_result
 from benchmarks.evidence.results import Entry, read_results, result_of, tested_units, write_result
 from benchmarks.evidence.sets import PARTS, Table, registered
-from benchmarks.evidence.units import VERSIONS, Cache
+from benchmarks.evidence.units import Cache, version_of
 from limaml.cli.environment import environment
 from limaml.errors import MissingExtra
 from limaml.evaluate import summarise, write_report
@@ -66,10 +66,10 @@ def _result(table: Table, scale: Scale, folder: Path, before: Entry | None, out:
     result = result_of(table, goals, cache, scale, before)
     replayed = replay_result(table, cache, range(1, scale.replay_seeds + 1))
     if replayed is not None:
-        result["replay"], result["measured_by"]["replay"] = replayed, VERSIONS["replay"]
+        result["replay"], result["measured_by"]["replay"] = replayed, version_of("replay")
     ranked = None if choices is None else implicit_result(choices, cache, scale)
     if ranked is not None:
-        result["implicit"], result["measured_by"]["implicit"] = ranked, VERSIONS["implicit"]
+        result["implicit"], result["measured_by"]["implicit"] = ranked, version_of("implicit")
     _report(table, goals, cache, result, before, out / f"{table.which.name}.html")
     return result
 

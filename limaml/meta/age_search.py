@@ -36,11 +36,18 @@ WORTH = 0.0003  # of the loss
 
 @torch.no_grad()
 def find_half_life(
-    model: MetaModel, data: Interactions, task: str, grouped: TaskRows, held: Held, seed: int
+    model: MetaModel,
+    data: Interactions,
+    task: str,
+    grouped: TaskRows,
+    held: Held,
+    seed: int,
+    judged: Tensor | None = None,
 ) -> float | None:
     """The half-life of `task`'s rows in the unit of `ages`, or None: all weigh alike.
 
-    `grouped` are the rows that may be asked, `held` the embeddings of the other task types. Of the half-lives whose gain in mean
+    `grouped` are the rows that may be asked, `held` the embeddings of the other task types, and `judged` `[rows]` bool the rows
+    that these have not seen: no others are judged (None: all are). Of the half-lives whose gain in mean
     loss is `WORTH` of it, two standard errors taken off, the one is taken whose gain less one is largest. The model weighs
     all rows alike until it is told otherwise (`weigh_by_age`).
     """
@@ -55,7 +62,7 @@ def find_half_life(
         return None
     cap = model.adaptation.max_support
     cuts = [
-        time_cut(grouped, some, generator, cap, earliest=EARLIEST)
+        time_cut(grouped, some, generator, cap, earliest=EARLIEST).judging(judged)
         for _ in range(CUTS)
         for some in task_batches(tasks, grouped.size, BATCH_ROWS, generator)
     ]

@@ -14,6 +14,7 @@ from limaml.meta.age_search import find_half_life
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.scorer import Held
+from limaml.meta.support import Support
 from limaml.meta.survey import Totals
 from limaml.tasks import Split, TaskBatch, TaskRows, cross_fit, task_batches, time_cut
 from limaml.types import Interactions
@@ -36,6 +37,8 @@ class MetaLearner:
     With cross-fit, a fair coin per row and epoch deals all rows into two parts. Every task is adapted on one part and
     judged on the other, both ways round. With several task types the query is scored with the other types' embeddings
     adapted on the same part as the support, as of the start of the epoch, so that no embedding has seen its query.
+    A share of the gradient is that of the query scored with one embedding for all tasks (`train.anybody`), so that the global
+    block ranks for those of whom nothing is known as well; the losses that are told are those of adapted tasks alone.
     With `totals`, those of all windows, `data` is one window of more rows than are in memory: then the labels' scale is
     already the model's, and of the first type's tasks `most_tasks` are drawn for each epoch. `quiet`: no warnings.
     Where rows weigh by age, ages count back from the newest row of the support's part, though the query lies before and
@@ -129,20 +132,36 @@ class MetaLearner:
         z = self.model.adapt(self.data, task, tasks, batch.batch.support)
         held: Held = {other: self._others[other, batch.side].__getitem__ for other in self.model.tasks if other != task}
         query = self.model.scored(self.data, task, tasks, batch.batch.query, held)
-        return self.model.losses.loss(query.logits(z), query.labels, query.weights)
+        return self._judged(task, tasks, query, z)
+
+    def _judged(self, task: str, tasks: Tensor, query: Support, z: Tensor) -> Tensor:
+        """Losses `[n]` of the query rows of `tasks`, adapted to `z` `[tasks, dim]`."""
+        adapted = self.model.losses.loss(query.logits(z), query.labels, query.weights)
+        if not self.config.anybody or not self.model.adaptation.steps:
+            return adapted
+        logits = query.logits(self.model.anybody_of(self.data, task, tasks))
+        return self._with_anybody(adapted, self.model.losses.loss(logits, query.labels, query.weights))
+
+    def _with_anybody(self, adapted: Tensor, anybody: Tensor) -> Tensor:
+        """The losses of `adapted` tasks, with `train.anybody` times the gradient of those of `anybody`."""
+        return adapted + self.config.anybody * (anybody - anybody.detach())
 
     def finish(self, ranks: Ranks = ALONE) -> None:
-        """Find out whether old rows deserve less weight (`adapt.find_half_life`)."""
+        """Find out whether old rows deserve less weight (`adapt.find_half_life`). With several task types half of the rows
+        are judged, beside embeddings of the others that were adapted on the other half."""
         if not self.model.adaptation.seeks_half_life:
             return
         for task in self.model.tasks:
             self.model.weigh_by_age(task, None)
+        unseen = None
         if len(self.model.tasks) > 1:
-            self._adapt_others(None, ranks)
+            coin = torch.rand(len(self.data), generator=torch.Generator().manual_seed(self.config.seed)) < 0.5
+            self._adapt_others(coin, ranks)
+            unseen = ~coin
         found = {}
         for task, grouped in self.grouped.items():
-            held: Held = {o: self._others[o, None].__getitem__ for o in self.model.tasks if o != task}
-            found[task] = find_half_life(self.model, self.data, task, grouped, held, self.config.seed)
+            held: Held = {other: self._others[other, True].__getitem__ for other in self.model.tasks if other != task}
+            found[task] = find_half_life(self.model, self.data, task, grouped, held, self.config.seed, unseen)
         for task, half_life in found.items():
             (agreed,) = ranks.sum(half_life or 0.0 if ranks.leads else 0.0)
             self.model.weigh_by_age(task, HalfLife(agreed) if agreed else None)

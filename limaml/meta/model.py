@@ -95,6 +95,7 @@ class MetaModel(nn.Module):
                     f"pass dims={{'{task}': …}}."
                 )
         self.solvers = nn.ModuleDict({task: self._solver(task) for task in meta_blocks})
+        self.anybody = nn.ParameterDict({task: torch.zeros(self.dims[task] or 0) for task in meta_blocks})
         start = self.adaptation.half_life
         self.half_lives = nn.ModuleDict({} if start is None else {task: HalfLife(start) for task in meta_blocks})
         self._engines: dict[tuple[str, bool], tuple[tuple[object, ...], Engine]] = {}
@@ -196,6 +197,13 @@ class MetaModel(nn.Module):
                 f"{len(tasks)} tasks and dim={self.dims[task]} it must be {list(shape)}."
             )
         return z
+
+    def anybody_of(self, data: Interactions, task: str, tasks: Tensor) -> Tensor:
+        """Embeddings `[tasks, dim]` that say no more of the tasks than their own features do, for training beside the adapted
+        ones (`train.anybody`). Nothing is served with them: a task without support is most often one that acts seldom, and so
+        not like anybody; the cold embeddings learn that from the tasks themselves."""
+        embedding: Tensor = self.cold(data, task, tasks) + self.anybody[task]
+        return embedding
 
     def held_cold(self, data: Interactions, task: str) -> Held:
         """Every task type but `task`, held at its cold embeddings."""

@@ -36,6 +36,13 @@ class TaskBatch:
 
         return TaskBatch(self.tasks[chosen], only(self.support), only(self.query))
 
+    def judging(self, rows: Tensor | None) -> TaskBatch:
+        """The same tasks on the same support, with those query rows alone that are among `rows` `[rows]` bool; None: all."""
+        if rows is None:
+            return self
+        kept = rows[self.query.rows]
+        return TaskBatch(self.tasks, self.support, Rows(self.query.rows[kept], self.query.owner[kept]))
+
 
 def cross_fit(grouped: TaskRows, tasks: Tensor, coin: Tensor, side: bool, max_support: int | None = None) -> TaskBatch:
     """Each task's rows that fell on `side` of the `coin` `[rows]` bool are its support, the others its query."""

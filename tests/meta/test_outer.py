@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +267,42 @@ def test_batches_judge_only_training_rows(query: str, types: tuple[str, ...]) ->
     loss, size = learner.loss(batches[0])
     assert size == len(batches[0].batch.query)
     assert float(loss.detach()) > 0
+
+
+@pytest.mark.parametrize("solver", ["gradient", "newton"])
+def test_anybody_has_a_share_of_the_gradient(solver: str) -> None:
+    alone, both = (made_learner(made_config(1, anybody=share), solver, dropout=0.0) for share in (0.0, 0.7))
+    with torch.no_grad():
+        for learner in (alone, both):
+            learner.model.anybody["user"].fill_(0.5)
+    batch = alone.batches(torch.Generator().manual_seed(3))[0]
+    plain, told = alone.loss(batch)[0], both.loss(batch)[0]
+    assert float(told.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)  # that of adapted tasks alone
+    rows, every = batch.batch.query.rows, torch.arange(alone.data.count("user"))
+    logits = alone.model.logits(alone.data, rows, {"user": alone.model.anybody_of(alone.data, "user", every)})
+    of_anybody = alone.model.losses.of_rows(alone.data, rows, logits).sum()
+
+    def slopes(learner: MetaLearner, loss: Tensor) -> Sequence[Tensor]:
+        wanted = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
+        return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+
+    for one, more, found in zip(slopes(alone, plain), slopes(alone, of_anybody), slopes(both, told), strict=True):
+        assert torch.allclose(found, one + 0.7 * more, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_in_any_order_have_the_slopes_of_rows_by_task() -> None:
+    learner = made_learner(made_config(1), dropout=0.0)
+    model, data = learner.model, learner.data
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))[:150]
+    sought = torch.arange(1.0, 151.0)  # every row is of another weight
+    grouped = torch.argsort(data.index["user"][rows], stable=True)
+    found = []
+    for order in (torch.arange(150), grouped):
+        table = model.cold(data, "user", torch.arange(data.count("user"))).detach().requires_grad_()
+        logits = model.logits(data, rows[order], {"user": table}).squeeze(-1)
+        found.append((logits[torch.argsort(order)], *torch.autograd.grad(logits @ sought[order], table)))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["all rows", "sampled rows"])

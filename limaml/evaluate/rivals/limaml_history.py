@@ -77,7 +77,7 @@ class HistoryMetaLearner(MetaLearner):
             self.role(self.across)
             held = {o: self._others[o, batch.side].__getitem__ for o in self.model.tasks if o != task}
             query = self.model.scored(self.data, task, tasks, batch.batch.query, held)
-            return self.model.losses.loss(query.logits(z), query.labels, query.weights)
+            return self._judged(task, tasks, query, z)
         finally:
             self.role(self.judged)
 
