@@ -96,6 +96,10 @@ class WindowDatabase:
     def close(self) -> None:
         release(self._env)
 
+    def let_go(self) -> None:
+        """Give the memory back that looking at windows took: pages of the file."""
+        self._env.let_go()
+
     def state(self) -> WindowState | None:
         """What the windows hold; None if there are none, or none that this version of limaml reads."""
         value = self._env.read(lambda txn: txn.get(_STATE, db=self._env.catalog))

@@ -152,6 +152,7 @@ class Windows:
             done = self._apply(state, frame, through, whole=True)
             if done is None:
                 return None
+            self._database.let_go()  # the next bucket's tasks lie in all parts of the file
             state = self._database.state() or state
             rows, duplicates = rows + done[0], duplicates + done[1]
         if not self._database.put(state, replace(state, complete=True)):

@@ -100,6 +100,14 @@ class Environment:
                 self._open_gate()
             raise self._explained(failure) from failure
 
+    def let_go(self) -> None:
+        """Unmap the file: the pages that were looked at count as memory of the process no longer. Whoever works next maps
+        it again."""
+        with self._writer:
+            self._shut_gate()
+            self._stop_using()
+            self._open_gate()
+
     def usage(self) -> tuple[int, int, int]:
         """Keys of the embeddings, bytes of the pages in use, bytes of the map file."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -211,6 +213,41 @@ def test_two_who_catch_up_at_once_take_each_row_in_once(tmp_path: Path, monkeypa
         assert one.catch_up().rows == 0  # the other one was faster
         assert raced == [9]
         assert_equal(one, log, schema, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="what of a file is in memory is said by Linux alone")
+def test_making_windows_holds_no_more_of_their_file_than_a_bucket_touches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, members = InteractionLog(tmp_path / "log", "user", buckets=8), 2000
+    users = [f"u{n}" for n in range(members)]
+    log.append(pl.DataFrame({"user": users, "time": range(members), "click": 1, "said": ["x" * 3000] * members}))
+    file, held = tmp_path / "windows" / "data.mdb", list[int]()
+    buckets = InteractionLog.buckets
+
+    def watched(self: InteractionLog, **options: Any) -> Iterator[Any]:
+        for each in buckets(self, **options):
+            held.append(in_memory(file))
+            yield each
+
+    monkeypatch.setattr(InteractionLog, "buckets", watched)
+    with Windows(tmp_path / "windows", log, Layout.of(schema_of((USER,)), 3)) as windows:
+        windows.catch_up()
+        assert len(held) == 8
+        assert max(held) < 0.1 * file.stat().st_size
+        assert windows.read("user", users).count.tolist() == [1] * members
+        assert in_memory(file) > max(held)  # what is looked at is seen
+
+
+def in_memory(file: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(f" {file.resolve()}")
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
 
 
 def test_keys_of_any_length(tmp_path: Path) -> None:
