@@ -223,12 +223,13 @@ def _duplicated(frame: pl.DataFrame, schema: Schema) -> pl.Series:
     narrow = [column for column in dict.fromkeys(narrow) if column in frame.columns]
     duplicated = np.zeros(frame.height, bool)
     if narrow:  # all columns are compared only where the few that name an interaction agree
-        codes, first = factorise(frame.select(narrow))
-        rows = np.flatnonzero(np.bincount(codes, minlength=len(first))[codes] > 1)
+        hashes = frame.select(narrow).hash_rows().to_numpy()
+        order = np.sort(hashes)
+        rows = np.flatnonzero(np.isin(hashes, order[1:][order[1:] == order[:-1]]))
     else:
         rows = np.arange(frame.height)
     if len(rows):
-        codes, first = factorise(frame[rows])
+        _, first = factorise(frame[rows])
         again = np.ones(len(rows), bool)
         again[first] = False
         duplicated[rows] = again

@@ -152,7 +152,8 @@ class Scaling:
 
     def scale(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
         """`[n, width]` with NaN where there is no value → `[n, size]` float32; no value is 0, the training mean."""
-        scaled = np.clip((values - np.array(self.mean)) / np.array(self.deviation), -CLIP, CLIP)
+        with np.errstate(over="ignore"):  # what is beyond all bounds is clipped like what is far
+            scaled = np.clip((values - np.array(self.mean)) / np.array(self.deviation), -CLIP, CLIP)
         absent = np.isnan(values)
         scaled[absent] = 0.0
         if self.indicator:

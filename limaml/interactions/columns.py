@@ -28,6 +28,8 @@ __all__ = [
 Codes = NDArray[np.int64]
 
 _SHORT = 512
+_ROOM = 8  # places for each row
+_WIDE = (pl.UInt64, pl.UInt128, pl.Int128)
 _NAN = object()  # NaN is not equal to itself, and would be a new value each time
 
 
@@ -42,6 +44,12 @@ def factorise(table: pl.Series | pl.DataFrame) -> tuple[Codes, Codes]:
     frame = table.to_frame("value") if isinstance(table, pl.Series) else table
     if not frame.width or not frame.height:
         return np.zeros(frame.height, np.int64), np.arange(min(frame.height, 1), dtype=np.int64)
+    other = any(not dtype.is_integer() or dtype in _WIDE for dtype in frame.dtypes) or any(frame.null_count().row(0))
+    return _grouped(frame) if other else _factorise_integers(frame)
+
+
+def _grouped(frame: pl.DataFrame) -> tuple[Codes, Codes]:
+    """The same for values of any type."""
     names = [f"c{i}" for i in range(frame.width)]
     groups = (
         frame.rename(dict(zip(frame.columns, names, strict=True)))
@@ -53,7 +61,28 @@ def factorise(table: pl.Series | pl.DataFrame) -> tuple[Codes, Codes]:
     lengths = groups.list.len().to_numpy().astype(np.int64)
     codes = np.empty(frame.height, np.int64)
     codes[rows] = np.repeat(np.arange(len(lengths)), lengths)
-    first = rows[np.cumsum(lengths) - lengths]
+    return codes, rows[np.cumsum(lengths) - lengths]
+
+
+def _factorise_integers(frame: pl.DataFrame) -> tuple[Codes, Codes]:
+    """The same for integers: where they lie close together they are places in an array, which is a few times as fast.
+    Columns are taken in one after the other, each of them splitting the values so far."""
+    codes, first = np.zeros(frame.height, np.int64), np.zeros(1, np.int64)
+    for column in frame.iter_columns():
+        values = column.to_numpy().astype(np.int64)
+        least, most = int(values.min()), int(values.max())
+        room = (most - least + 1) * len(first)
+        if room >= 2**62:
+            return _grouped(frame)
+        places = codes * (most - least + 1) + (values - least)
+        if room > _ROOM * frame.height:
+            codes, first = _grouped(pl.DataFrame({"place": places}))
+            continue
+        found = np.full(room, frame.height)
+        found[places[::-1]] = np.arange(frame.height - 1, -1, -1)  # the last assignment stays: the first row of each
+        first = np.sort(found[found < frame.height])
+        found[places[first]] = np.arange(len(first))
+        codes = found[places]
     return codes, first
 
 
