@@ -140,11 +140,8 @@ class MetaLearner:
         if not self.config.anybody or not self.model.adaptation.steps:
             return adapted
         logits = query.logits(self.model.anybody_of(self.data, task, tasks))
-        return self._with_anybody(adapted, self.model.losses.loss(logits, query.labels, query.weights))
-
-    def _with_anybody(self, adapted: Tensor, anybody: Tensor) -> Tensor:
-        """The losses of `adapted` tasks, with `train.anybody` times the gradient of those of `anybody`."""
-        return adapted + self.config.anybody * (anybody - anybody.detach())
+        anybody = self.model.losses.loss(logits, query.labels, query.weights)
+        return adapted + self.config.anybody * (anybody - anybody.detach())  # the slope of both, the value of one
 
     def finish(self, ranks: Ranks = ALONE) -> None:
         """Find out whether old rows deserve less weight (`adapt.find_half_life`). With several task types half of the rows
