@@ -11,6 +11,7 @@ A half-life is taken only where it surely helps: ages cost something (`limaml.em
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from limaml.meta.scorer import Held
 from limaml.tasks import TaskBatch, TaskRows, task_batches, time_cut
 from limaml.types import Interactions
 
-__all__ = ["find_half_life"]
+__all__ = ["Side", "find_half_life"]
 
 ROWS = 200_000  # of the tasks that are asked, at most
 TASKS = 20  # fewer tell nothing
@@ -33,6 +34,9 @@ HALVINGS = 8
 SURE = 2.0  # standard errors, over tasks
 WORTH = 0.0003  # of the loss
 
+Side = tuple[Held, Tensor | None]
+"""Embeddings of the other task types, and the rows `[rows]` bool that they have not seen; None: no others, all rows."""
+
 
 @torch.no_grad()
 def find_half_life(
@@ -40,14 +44,13 @@ def find_half_life(
     data: Interactions,
     task: str,
     grouped: TaskRows,
-    held: Held,
+    sides: Sequence[Side],
     seed: int,
-    judged: Tensor | None = None,
 ) -> float | None:
     """The half-life of `task`'s rows in the unit of `ages`, or None: all weigh alike.
 
-    `grouped` are the rows that may be asked, `held` the embeddings of the other task types, and `judged` `[rows]` bool the rows
-    that these have not seen: no others are judged (None: all are). Of the half-lives whose gain in mean
+    `grouped` are the rows that may be asked; each of `sides` judges some of them, beside embeddings of the other task types that
+    have not seen these. Of the half-lives whose gain in mean
     loss is `WORTH` of it, two standard errors taken off, the one is taken whose gain less one is largest. The model weighs
     all rows alike until it is told otherwise (`weigh_by_age`).
     """
@@ -62,16 +65,18 @@ def find_half_life(
         return None
     cap = model.adaptation.max_support
     cuts = [
-        time_cut(grouped, some, generator, cap, earliest=EARLIEST).judging(judged)
+        (cut.judging(judged), held)
         for _ in range(CUTS)
         for some in task_batches(tasks, grouped.size, BATCH_ROWS, generator)
+        for cut in [time_cut(grouped, some, generator, cap, earliest=EARLIEST)]
+        for held, judged in sides
     ]
-    alike, weight = _losses(model, data, task, cuts, held, None)
+    alike, weight = _losses(model, data, task, cuts, None)
     best, gain, least = None, 0.0, WORTH * abs(float(alike.sum())) / weight
     before, worse = -math.inf, 0
     for halving in range(HALVINGS):
         half_life = usual * LONGEST * 0.5**halving
-        less = (alike - _losses(model, data, task, cuts, held, HalfLife(half_life))[0])[tasks]
+        less = (alike - _losses(model, data, task, cuts, HalfLife(half_life))[0])[tasks]
         mean, error = float(less.sum()) / weight, float(less.std()) * math.sqrt(len(less)) / weight
         if mean - SURE * error >= least and mean - error > gain:
             best, gain = half_life, mean - error
@@ -83,12 +88,12 @@ def find_half_life(
 
 
 def _losses(
-    model: MetaModel, data: Interactions, task: str, cuts: list[TaskBatch], held: Held, half_life: HalfLife | None
+    model: MetaModel, data: Interactions, task: str, cuts: list[tuple[TaskBatch, Held]], half_life: HalfLife | None
 ) -> tuple[Tensor, float]:
     """Each task's loss on what follows its moments `[entries]` float64, summed over its rows; and the weight of all rows."""
     model.weigh_by_age(task, half_life)
     lost, weight = torch.zeros(data.count(task), dtype=torch.float64), 0.0
-    for cut in cuts:
+    for cut, held in cuts:
         if not len(cut.query):
             continue
         z = model.adapt(data, task, cut.tasks, cut.support)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from limaml.config import TrainConfig
 from limaml.meta.age import HalfLife, warn_if_short
-from limaml.meta.age_search import find_half_life
+from limaml.meta.age_search import Side, find_half_life
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.scorer import Held
@@ -144,21 +144,24 @@ class MetaLearner:
         return adapted + self.config.anybody * (anybody - anybody.detach())  # the slope of both, the value of one
 
     def finish(self, ranks: Ranks = ALONE) -> None:
-        """Find out whether old rows deserve less weight (`adapt.find_half_life`). With several task types half of the rows
-        are judged, beside embeddings of the others that were adapted on the other half."""
+        """Find out whether old rows deserve less weight (`adapt.find_half_life`). With several task types each half of the
+        rows is judged beside embeddings of the others that were adapted on the other half."""
         if not self.model.adaptation.seeks_half_life:
             return
         for task in self.model.tasks:
             self.model.weigh_by_age(task, None)
-        unseen = None
-        if len(self.model.tasks) > 1:
-            coin = torch.rand(len(self.data), generator=torch.Generator().manual_seed(self.config.seed)) < 0.5
+        several = len(self.model.tasks) > 1
+        coin = torch.rand(len(self.data), generator=torch.Generator().manual_seed(self.config.seed)) < 0.5
+        if several:
             self._adapt_others(coin, ranks)
-            unseen = ~coin
         found = {}
         for task, grouped in self.grouped.items():
-            held: Held = {other: self._others[other, True].__getitem__ for other in self.model.tasks if other != task}
-            found[task] = find_half_life(self.model, self.data, task, grouped, held, self.config.seed, unseen)
+            others = [other for other in self.model.tasks if other != task]
+            sides: list[Side] = [
+                ({other: self._others[other, side].__getitem__ for other in others}, coin != side if several else None)
+                for side in ((True, False) if several else (True,))
+            ]
+            found[task] = find_half_life(self.model, self.data, task, grouped, sides, self.config.seed)
         for task, half_life in found.items():
             (agreed,) = ranks.sum(half_life or 0.0 if ranks.leads else 0.0)
             self.model.weigh_by_age(task, HalfLife(agreed) if agreed else None)

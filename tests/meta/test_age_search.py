@@ -70,6 +70,16 @@ def test_a_half_life_that_was_given_is_learned_and_not_looked_for() -> None:
     assert 50 < value < 200
 
 
+@pytest.mark.parametrize("turns", [False, True])
+def test_members_who_change_make_no_items_that_do(turns: bool) -> None:
+    rows = clicks(turns)
+    item = np.random.default_rng(6).integers(0, 20, len(rows))
+    frame = rows.with_columns(item_id=pl.Series(2 * item + (rows["kind"] == "b").to_numpy()))
+    schema = limaml.infer_schema(frame, task=["user_id", "item_id"], time="timestamp", label="click").schema
+    found = limaml.train(frame, schema, parse_config(SMALL), validation_share=0).model.half_life_values()
+    assert list(found) == ["user_id"] * turns
+
+
 def test_it_is_saved_with_the_model(turned: Training, tmp_path: Path) -> None:
     loaded = turned.save(tmp_path / "model")
     again = load_model(tmp_path / "model", lambda _encoder, _config: fresh(turned))  # blocks of one's own
@@ -104,7 +114,7 @@ def test_members_whom_nothing_was_fitted_on_say_the_same(turned: Training) -> No
     model.load_state_dict(turned.model.state_dict())
     grouped = TaskRows.of(data.index["user_id"], data.count("user_id"))
     (known,) = model.half_life_values().values()
-    found = find_half_life(model.eval(), data, "user_id", grouped, {}, seed=3)
+    found = find_half_life(model.eval(), data, "user_id", grouped, [({}, None)], seed=3)
     assert found is not None
     assert known / 5 < found < 5 * known
     assert model.half_life_values() == {}
