@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from limaml.errors import DataError
-from limaml.interactions.columns import Codes, canonical_text, factorise, is_list, is_number, show, without_nan
+from limaml.interactions.columns import (
+    Codes,
+    canonical_text,
+    factorise,
+    is_list,
+    is_number,
+    places_in,
+    show,
+    without_nan,
+)
 from limaml.interactions.schema import Feature
 from limaml.types import MISSING, UNSEEN, FeatureKind, FeatureSpec
 
@@ -91,7 +100,7 @@ class Vocabulary:
         if ascending is not None:
             asked = own.cast(pl.Int64, strict=False)
             numbers = asked.fill_null(0).to_numpy()
-            place = np.minimum(np.searchsorted(ascending, numbers), len(ascending) - 1)
+            place = places_in(ascending, numbers)
             known_too = (ascending[place] == numbers) & asked.is_not_null().to_numpy()
             ids = np.where(known_too, RESERVED + place, UNSEEN).astype(np.int64)
         else:

@@ -21,6 +21,7 @@ __all__ = [
     "joined_text",
     "missing_column",
     "nearest",
+    "places_in",
     "show",
     "without_nan",
 ]
@@ -95,6 +96,15 @@ def _factorise_short(values: pl.Series) -> tuple[Codes, Codes]:
         if codes[row] == len(first):
             first.append(row)
     return codes, np.array(first, dtype=np.int64)
+
+
+def places_in(ascending: Codes, values: Codes) -> Codes:
+    """The place of each of `values` in `ascending`, or of one beside which it would stand. They are searched in order:
+    each is then found near the last one, and not in memory that no cache holds."""
+    order = np.argsort(values)
+    places = np.empty(len(values), np.int64)
+    places[order] = np.searchsorted(ascending, values[order])
+    return np.minimum(places, len(ascending) - 1)
 
 
 def canonical_text(values: pl.Series) -> pl.Series:

@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from limaml.errors import DataError
-from limaml.interactions.columns import canonical_text, factorise, missing_column
+from limaml.interactions.columns import canonical_text, factorise, missing_column, places_in
 from limaml.interactions.keys import join_key
 from limaml.interactions.side_parts import PartedTable, is_large, stamp_of
 
@@ -112,7 +112,7 @@ class _Table:
             numbers, place = self._sorted
             values = frame[self._names[0]].cast(pl.Int64)
             asked = values.fill_null(0).to_numpy()
-            at = np.minimum(np.searchsorted(numbers, asked), len(numbers) - 1)
+            at = places_in(numbers, asked)
             found = (numbers[at] == asked) & values.is_not_null().to_numpy()
             return np.where(found, place[at], self._last)
         codes, first = factorise(frame.select(self._names))
