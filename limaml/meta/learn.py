@@ -14,7 +14,6 @@ from limaml.meta.age_search import Side, find_half_life
 from limaml.meta.distributed import ALONE, Ranks
 from limaml.meta.model import MetaModel
 from limaml.meta.scorer import Held
-from limaml.meta.support import Support
 from limaml.meta.survey import Totals
 from limaml.tasks import Split, TaskBatch, TaskRows, cross_fit, task_batches, time_cut
 from limaml.types import Interactions
@@ -128,20 +127,22 @@ class MetaLearner:
         return self._row_losses(batch).sum(), self.data.labelled_weight(batch.batch.query.rows)
 
     def _row_losses(self, batch: MetaBatch) -> Tensor:
-        task, tasks = batch.task, batch.batch.tasks
-        z = self.model.adapt(self.data, task, tasks, batch.batch.support)
-        held: Held = {other: self._others[other, batch.side].__getitem__ for other in self.model.tasks if other != task}
-        query = self.model.scored(self.data, task, tasks, batch.batch.query, held)
-        return self._judged(task, tasks, query, z)
+        return self._judged(batch, self.model.adapt(self.data, batch.task, batch.batch.tasks, batch.batch.support))
 
-    def _judged(self, task: str, tasks: Tensor, query: Support, z: Tensor) -> Tensor:
-        """Losses `[n]` of the query rows of `tasks`, adapted to `z` `[tasks, dim]`."""
+    def _judged(self, batch: MetaBatch, z: Tensor) -> Tensor:
+        """Losses `[n]` of the query rows, their tasks adapted to `z` `[tasks, dim]`."""
+        task, tasks = batch.task, batch.batch.tasks
+        query = self.model.scored(self.data, task, tasks, batch.batch.query, self._held(task, batch.side))
         adapted = self.model.losses.loss(query.logits(z), query.labels, query.weights)
         if not self.config.anybody or not self.model.adaptation.steps:
             return adapted
         logits = query.logits(self.model.anybody_of(self.data, task, tasks))
         anybody = self.model.losses.loss(logits, query.labels, query.weights)
         return adapted + self.config.anybody * (anybody - anybody.detach())  # the slope of both, the value of one
+
+    def _held(self, task: str, side: bool | None) -> Held:
+        """The other task types' embeddings, adapted on one side of the rows."""
+        return {other: self._others[other, side].__getitem__ for other in self.model.tasks if other != task}
 
     def finish(self, ranks: Ranks = ALONE) -> None:
         """Find out whether old rows deserve less weight (`adapt.find_half_life`). With several task types each half of the
@@ -150,17 +151,15 @@ class MetaLearner:
             return
         for task in self.model.tasks:
             self.model.weigh_by_age(task, None)
-        several = len(self.model.tasks) > 1
-        coin = torch.rand(len(self.data), generator=torch.Generator().manual_seed(self.config.seed)) < 0.5
-        if several:
+        coin = None
+        if len(self.model.tasks) > 1:
+            coin = torch.rand(len(self.data), generator=torch.Generator().manual_seed(self.config.seed)) < 0.5
             self._adapt_others(coin, ranks)
         found = {}
         for task, grouped in self.grouped.items():
-            others = [other for other in self.model.tasks if other != task]
-            sides: list[Side] = [
-                ({other: self._others[other, side].__getitem__ for other in others}, coin != side if several else None)
-                for side in ((True, False) if several else (True,))
-            ]
+            sides: list[Side] = [({}, None)]
+            if coin is not None:
+                sides = [(self._held(task, side), coin != side) for side in (True, False)]
             found[task] = find_half_life(self.model, self.data, task, grouped, sides, self.config.seed)
         for task, half_life in found.items():
             (agreed,) = ranks.sum(half_life or 0.0 if ranks.leads else 0.0)

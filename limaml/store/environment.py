@@ -95,18 +95,14 @@ class Environment:
             self._resize(0)
         else:
             if isinstance(failure, lmdb.PanicError):  # LMDB does nothing more until it is opened anew
-                self._shut_gate()
-                self._stop_using()
-                self._open_gate()
+                self._close()
             raise self._explained(failure) from failure
 
     def let_go(self) -> None:
         """Unmap the file: the pages that were looked at count as memory of the process no longer. Whoever works next maps
         it again."""
         with self._writer:
-            self._shut_gate()
-            self._stop_using()
-            self._open_gate()
+            self._close()
 
     def usage(self) -> tuple[int, int, int]:
         """Keys of the embeddings, bytes of the pages in use, bytes of the map file."""
@@ -154,6 +150,12 @@ class Environment:
         with self._changed:
             self._shut = False
             self._changed.notify_all()
+
+    def _close(self) -> None:
+        """Stop using the file, once nobody works on it; whoever works next begins anew."""
+        self._shut_gate()
+        self._stop_using()
+        self._open_gate()
 
     def _resize(self, size: int) -> None:
         self._shut_gate()
@@ -227,9 +229,7 @@ def release(environment: Environment) -> None:
     with _guard:
         environment.users -= 1
         if environment.users == 0:
-            environment._shut_gate()
-            environment._stop_using()
-            environment._open_gate()
+            environment._close()
             _open.pop(str(environment.path), None)
 
 

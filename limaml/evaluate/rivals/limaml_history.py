@@ -70,14 +70,11 @@ class HistoryMetaLearner(MetaLearner):
         self.role(self.judged)
 
     def _row_losses(self, batch: MetaBatch) -> Tensor:
-        task, tasks = batch.task, batch.batch.tasks
         try:
             self.role(self.own)
-            z = self.model.adapt(self.data, task, tasks, batch.batch.support)
+            z = self.model.adapt(self.data, batch.task, batch.batch.tasks, batch.batch.support)
             self.role(self.across)
-            held = {o: self._others[o, batch.side].__getitem__ for o in self.model.tasks if o != task}
-            query = self.model.scored(self.data, task, tasks, batch.batch.query, held)
-            return self._judged(task, tasks, query, z)
+            return self._judged(batch, z)
         finally:
             self.role(self.judged)
 
